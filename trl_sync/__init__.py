@@ -1,0 +1,52 @@
+"""PPO on one shared 4-bit backbone for Hugging Face TRL.
+
+Public names are imported when they are first used: `import trl_sync` alone loads neither torch nor
+transformers.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from trl_sync._version import __version__
+
+if TYPE_CHECKING:
+    from trl_sync.backbone.loading import load_reward_model, load_shared_backbone
+    from trl_sync.backbone.shared import SharedBackbone
+    from trl_sync.errors import CheckpointError, ConfigError, RewardError
+    from trl_sync.ppo.config import PPOConfig
+    from trl_sync.ppo.trainer import PPOTrainer
+
+_MODULES = {
+    "CheckpointError": "trl_sync.errors",
+    "ConfigError": "trl_sync.errors",
+    "PPOConfig": "trl_sync.ppo.config",
+    "PPOTrainer": "trl_sync.ppo.trainer",
+    "RewardError": "trl_sync.errors",
+    "SharedBackbone": "trl_sync.backbone.shared",
+    "load_reward_model": "trl_sync.backbone.loading",
+    "load_shared_backbone": "trl_sync.backbone.loading",
+}
+
+__all__ = [
+    "CheckpointError",
+    "ConfigError",
+    "PPOConfig",
+    "PPOTrainer",
+    "RewardError",
+    "SharedBackbone",
+    "__version__",
+    "load_reward_model",
+    "load_shared_backbone",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _MODULES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(_MODULES[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -1,0 +1,101 @@
+"""Save and reload what PPO trains: the policy adapter, and the value adapter with its head.
+
+The policy is written in PEFT's own layout, so `PeftModel.from_pretrained(base, folder)` loads it
+without this package. The value model lies beside it in `value/`. The base is never written.
+"""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+
+import torch
+from peft import PeftConfig, get_peft_model_state_dict, set_peft_model_state_dict
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from trl_sync.backbone.roles import POLICY, VALUE
+from trl_sync.backbone.shared import SharedBackbone
+from trl_sync.errors import CheckpointError
+
+ADAPTER_WEIGHTS = "adapter_model.safetensors"
+VALUE_FOLDER = "value"
+VALUE_HEAD = "value_head.safetensors"
+
+
+def save_adapters(backbone: SharedBackbone, folder: Path) -> None:
+    """Writes the policy adapter into `folder`, value adapter and head into `folder/value`."""
+    save_policy(backbone, folder)
+    save_value(backbone, folder / VALUE_FOLDER)
+
+
+def load_adapters(backbone: SharedBackbone, folder: Path) -> None:
+    """Reads back what `save_adapters` wrote, in place.
+
+    Raises:
+        CheckpointError: a file is missing, or a tensor is missing, unexpected or of another shape.
+            Nothing is changed in that case.
+    """
+    policy = _read(folder / ADAPTER_WEIGHTS)
+    value = _read(folder / VALUE_FOLDER / ADAPTER_WEIGHTS)
+    head = _read(folder / VALUE_FOLDER / VALUE_HEAD)
+    _check(policy, _adapter_state(backbone, POLICY), folder / ADAPTER_WEIGHTS)
+    _check(value, _adapter_state(backbone, VALUE), folder / VALUE_FOLDER / ADAPTER_WEIGHTS)
+    _check(head, backbone.value_head.state_dict(), folder / VALUE_FOLDER / VALUE_HEAD)
+    set_peft_model_state_dict(backbone.peft_model, policy, adapter_name=POLICY)
+    set_peft_model_state_dict(backbone.peft_model, value, adapter_name=VALUE)
+    backbone.value_head.load_state_dict(head)
+
+
+def save_policy(backbone: SharedBackbone, folder: Path) -> None:
+    """Writes `adapter_config.json` and `adapter_model.safetensors` of the policy."""
+    _save_adapter(backbone, POLICY, folder)
+
+
+def save_value(backbone: SharedBackbone, folder: Path) -> None:
+    """Writes the value adapter in PEFT's layout, and `value_head.safetensors` beside it."""
+    _save_adapter(backbone, VALUE, folder)
+    head = {name: tensor.contiguous() for name, tensor in backbone.value_head.state_dict().items()}
+    save_file(head, folder / VALUE_HEAD)
+
+
+def _adapter_state(backbone: SharedBackbone, adapter: str) -> dict[str, Tensor]:
+    # "auto" would ask the model hub whether the vocabulary was resized.
+    state: dict[str, Tensor] = get_peft_model_state_dict(
+        backbone.peft_model, adapter_name=adapter, save_embedding_layers=False
+    )
+    return state
+
+
+def _save_adapter(backbone: SharedBackbone, adapter: str, folder: Path) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    state = _adapter_state(backbone, adapter)
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
+    save_file(tensors, folder / ADAPTER_WEIGHTS, metadata={"format": "pt"})
+    config: PeftConfig = copy.deepcopy(backbone.peft_model.peft_config[adapter])
+    config.base_model_name_or_path = backbone.causal_model.config._name_or_path
+    config.inference_mode = True
+    config.save_pretrained(str(folder))
+
+
+def _read(file: Path) -> dict[str, Tensor]:
+    if not file.is_file():
+        raise CheckpointError(f"{file} is missing: the checkpoint is incomplete.")
+    try:
+        tensors: dict[str, Tensor] = load_file(file)
+    except Exception as error:
+        raise CheckpointError(f"{file} cannot be read: {error}") from error
+    return tensors
+
+
+def _check(found: dict[str, Tensor], expected: dict[str, Tensor], file: Path) -> None:
+    def shapes(tensors: dict[str, Tensor]) -> dict[str, torch.Size]:
+        return {name: tensor.shape for name, tensor in tensors.items()}
+
+    if shapes(found) != shapes(expected):
+        different = sorted(set(shapes(found).items()) ^ set(shapes(expected).items()))
+        name, shape = different[0]
+        raise CheckpointError(
+            f"{file} does not fit this model: {len(different)} tensors differ, for example {name} "
+            f"{tuple(shape)}. Were the LoRA options (r, target_modules) changed?"
+        )

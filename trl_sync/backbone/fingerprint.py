@@ -1,0 +1,45 @@
+"""The frozen base as one checksum, so that a checkpoint without it can refuse another one."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+import xxhash
+from torch import Tensor, nn
+
+
+def base_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Every tensor of the base by its name: parameters, buffers and quantization state.
+
+    Adapters are left out, and so is their trace in the names of the layers they sit on, so the
+    names are those of the model before it was given adapters.
+    """
+    for name, parameter in model.named_parameters():
+        if "lora_" in name:
+            continue
+        plain = name.replace(".base_layer", "")
+        yield plain, parameter
+        state = getattr(parameter, "quant_state", None)
+        if state is not None:
+            for key, value in sorted(state.as_dict().items()):
+                if isinstance(value, Tensor):
+                    yield f"{plain}.{key}", value
+        # 8-bit layers keep the row scales beside the weight instead.
+        scales = getattr(parameter, "SCB", None)
+        if isinstance(scales, Tensor):
+            yield f"{plain}.SCB", scales
+    for name, buffer in model.named_buffers():
+        if "lora_" not in name:
+            yield name.replace(".base_layer", ""), buffer
+
+
+def fingerprint(model: nn.Module) -> str:
+    """xxh3-128 over names, dtypes, shapes and bytes of `base_tensors(model)`, as 32 hex digits."""
+    digest = xxhash.xxh3_128()
+    for name, tensor in sorted(base_tensors(model), key=lambda item: item[0]):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        flat = tensor.detach().contiguous().view(-1).cpu()
+        if flat.numel():
+            digest.update(flat.view(torch.uint8).numpy())
+    return digest.hexdigest()

@@ -1,0 +1,247 @@
+"""Checkpoints -> models: an SFT model or SFT adapter, a reward model, initial values."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import PartialState
+from huggingface_hub import snapshot_download
+from peft import LoraConfig, PeftConfig, PeftModel, set_peft_model_state_dict
+from safetensors import safe_open
+from safetensors.torch import load_file
+from torch import Tensor
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    BitsAndBytesConfig,
+    PreTrainedModel,
+)
+
+from trl_sync.backbone.export import ADAPTER_WEIGHTS
+from trl_sync.backbone.roles import POLICY, REFERENCE, VALUE, freeze
+from trl_sync.backbone.routing import set_adapter_trainable
+from trl_sync.backbone.shared import SharedBackbone, default_lora_config
+from trl_sync.errors import ConfigError
+
+ADAPTER_CONFIG = "adapter_config.json"
+
+
+def nf4_config(compute_dtype: torch.dtype = torch.float32) -> BitsAndBytesConfig:
+    """NF4 with double quantization, computing in `compute_dtype`."""
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=compute_dtype,
+    )
+
+
+def load_base(
+    model_name_or_path: str,
+    *,
+    quantization_config: BitsAndBytesConfig | None = None,
+    auto_class: Any = AutoModelForCausalLM,
+    **options: Any,
+) -> PreTrainedModel:
+    """The model at a hub name or directory, on this process's device, quantized if asked for.
+
+    `options` go to `from_pretrained` (dtype, revision, attn_implementation, ...).
+
+    Raises:
+        ConfigError: the quantization does not work on this device.
+    """
+    if quantization_config is None:
+        return auto_class.from_pretrained(model_name_or_path, **options)
+    device = PartialState().device
+    try:
+        return auto_class.from_pretrained(
+            model_name_or_path,
+            quantization_config=quantization_config,
+            device_map={"": device},
+            **options,
+        )
+    except (ImportError, RuntimeError, NotImplementedError) as error:
+        raise ConfigError(
+            f"{model_name_or_path} cannot be loaded with {_describe(quantization_config)} on "
+            f"{device.type}: {error}. Load it without quantization."
+        ) from error
+
+
+def load_shared_backbone(
+    model_name_or_path: str,
+    peft_config: LoraConfig | None = None,
+    *,
+    quantization_config: BitsAndBytesConfig | None = None,
+    value_init_path: str | None = None,
+    **options: Any,
+) -> SharedBackbone:
+    """A SharedBackbone from an SFT model, or from an SFT adapter and the base it names.
+
+    Of an SFT adapter the policy starts as a trainable copy, the reference is a frozen copy, and
+    the value adapter starts from it too. `value_init_path` names a reward model: its adapter (if
+    it is one) becomes the initial value adapter and its score head the initial value head.
+
+    Raises:
+        ConfigError: `peft_config` was given together with an SFT adapter, the reward model does
+            not fit the base, or an option is not supported.
+    """
+    folder = _adapter_folder(model_name_or_path)
+    if folder is None:
+        base = load_base(model_name_or_path, quantization_config=quantization_config, **options)
+        backbone = SharedBackbone(base, peft_config, value_peft_config=_value_lora(value_init_path))
+    else:
+        if peft_config is not None:
+            raise ConfigError(
+                f"{model_name_or_path} is an adapter already, so its own LoRA options hold: pass "
+                "no peft_config, or merge the adapter into its base first."
+            )
+        config = _lora_config(folder)
+        base = load_base(
+            config.base_model_name_or_path, quantization_config=quantization_config, **options
+        )
+        backbone = SharedBackbone(
+            base, config, value_peft_config=_value_lora(value_init_path), reference_adapter=True
+        )
+        roles = (POLICY, REFERENCE) if value_init_path else (POLICY, REFERENCE, VALUE)
+        for role in roles:
+            _load_lora(backbone, role, load_file(folder / ADAPTER_WEIGHTS))
+    if value_init_path is not None:
+        initialise_value(backbone, value_init_path)
+    set_adapter_trainable(backbone.peft_model, (POLICY, VALUE))
+    return backbone
+
+
+def load_reward_model(
+    model_name_or_path: str,
+    *,
+    quantization_config: BitsAndBytesConfig | None = None,
+    **options: Any,
+) -> PreTrainedModel:
+    """A frozen sequence classifier with one label, full or PEFT.
+
+    Raises:
+        ConfigError: the model has more than one label.
+    """
+    folder = _adapter_folder(model_name_or_path)
+    options = {"num_labels": 1, **options}
+    if folder is None:
+        _check_one_label(model_name_or_path, options)
+        model = load_base(
+            model_name_or_path,
+            quantization_config=quantization_config,
+            auto_class=AutoModelForSequenceClassification,
+            **options,
+        )
+    else:
+        config = PeftConfig.from_pretrained(str(folder))
+        base = load_base(
+            config.base_model_name_or_path,
+            quantization_config=quantization_config,
+            auto_class=AutoModelForSequenceClassification,
+            **options,
+        )
+        model = PeftModel.from_pretrained(base, str(folder))
+    return freeze(model)
+
+
+def initialise_value(backbone: SharedBackbone, reward_model_path: str) -> None:
+    """Copies a reward model's score head, and its adapter if it is one, into the value role.
+
+    Raises:
+        ConfigError: the head has another hidden size or more than one label.
+    """
+    folder = _adapter_folder(reward_model_path)
+    tensors = _score_tensors(Path(folder or _local_folder(reward_model_path)))
+    weight = next((t for name, t in tensors.items() if name.endswith("weight")), None)
+    expected = tuple(backbone.value_head.weight.shape)
+    if weight is None or tuple(weight.shape) != expected:
+        found = None if weight is None else tuple(weight.shape)
+        raise ConfigError(
+            f"The score head of {reward_model_path} has shape {found}, but this base needs "
+            f"{expected} for its value head: use a reward model with one label on the same base."
+        )
+    with torch.no_grad():
+        backbone.value_head.weight.copy_(weight)
+        bias = next((t for name, t in tensors.items() if name.endswith("bias")), None)
+        if bias is not None:
+            backbone.value_head.bias.copy_(bias)
+    if folder is not None:
+        adapter = load_file(folder / ADAPTER_WEIGHTS)
+        _load_lora(backbone, VALUE, {n: t for n, t in adapter.items() if "lora_" in n})
+
+
+def _adapter_folder(path: str) -> Path | None:
+    """The local folder of an adapter checkpoint, or None if `path` is a whole model."""
+    if Path(path).is_dir():
+        return Path(path) if (Path(path) / ADAPTER_CONFIG).is_file() else None
+    try:
+        PeftConfig.from_pretrained(path)
+    except (ValueError, OSError):
+        return None
+    return _local_folder(path)
+
+
+def _local_folder(path: str) -> Path:
+    if Path(path).is_dir():
+        return Path(path)
+    return Path(snapshot_download(path, allow_patterns=["*.json", "*.safetensors"]))
+
+
+def _lora_config(folder: Path) -> LoraConfig:
+    config = PeftConfig.from_pretrained(str(folder))
+    config.inference_mode = False
+    return config
+
+
+def _value_lora(reward_model_path: str | None) -> LoraConfig | None:
+    """The LoRA options of a reward adapter as those of the value adapter; None for other inputs."""
+    folder = None if reward_model_path is None else _adapter_folder(reward_model_path)
+    if folder is None:
+        return None
+    config = _lora_config(folder)
+    # The score head was trained whole; it becomes the value head.
+    config.modules_to_save = None
+    config.task_type = default_lora_config().task_type
+    return config
+
+
+def _load_lora(backbone: SharedBackbone, adapter: str, tensors: dict[str, Tensor]) -> None:
+    result = set_peft_model_state_dict(backbone.peft_model, tensors, adapter_name=adapter)
+    if result.unexpected_keys:
+        raise ConfigError(
+            f"The adapter has tensors that this base does not: {result.unexpected_keys[0]} and "
+            f"{len(result.unexpected_keys) - 1} more. Was it trained on another base?"
+        )
+
+
+def _score_tensors(folder: Path) -> dict[str, Tensor]:
+    """The tensors of the score head in a checkpoint folder, read without loading the rest."""
+    found: dict[str, Tensor] = {}
+    for file in sorted(folder.glob("*.safetensors")):
+        with safe_open(file, framework="pt") as tensors:
+            names = [n for n in tensors.keys() if ".score." in f".{n}"]  # noqa: SIM118 - no dict
+            found |= {name: tensors.get_tensor(name) for name in names}
+    return found
+
+
+def _check_one_label(path: str, options: dict[str, Any]) -> None:
+    config_file = Path(path) / "config.json"
+    if config_file.is_file():
+        labels = json.loads(config_file.read_text()).get("id2label", {0: ""})
+        if len(labels) != 1 and options["num_labels"] == 1 and _is_classifier(config_file):
+            raise ConfigError(
+                f"The reward model {path} has {len(labels)} labels. PPO needs one number per "
+                "episode: use a model with num_labels=1, or a callable that combines the labels."
+            )
+
+
+def _is_classifier(config_file: Path) -> bool:
+    architectures = json.loads(config_file.read_text()).get("architectures") or []
+    return any("SequenceClassification" in name for name in architectures)
+
+
+def _describe(config: BitsAndBytesConfig) -> str:
+    return f"{config.quantization_method().value}"

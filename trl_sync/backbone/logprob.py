@@ -1,0 +1,139 @@
+"""Hidden states -> log-probabilities and entropies of given tokens, in chunks.
+
+The logits of a whole batch (tokens x vocabulary) are the largest tensor of PPO at 8B and below.
+Here they exist for one chunk of tokens at a time and are recomputed in the backward pass.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from trl_sync.errors import ConfigError
+
+# Bytes of fp32 logits that may exist at once, unless a caller says otherwise.
+CHUNK_BYTES = 64 * 2**20
+
+
+def _plain(logits: Tensor, config: Any) -> Tensor:
+    return logits
+
+
+def _soft_capped(logits: Tensor, config: Any) -> Tensor:
+    cap = config.final_logit_softcapping
+    return logits if cap is None else torch.tanh(logits / cap) * cap
+
+
+def _divided(logits: Tensor, config: Any) -> Tensor:
+    return logits / config.logits_scaling
+
+
+def _multiplied(logits: Tensor, config: Any) -> Tensor:
+    return logits * config.logit_scale
+
+
+# What each architecture's causal-LM forward does to its logits after the LM head. Every entry has a
+# parity test against the model's own logits.
+_POST_PROCESSING: dict[str, Callable[[Tensor, Any], Tensor]] = {
+    "cohere": _multiplied,
+    "gemma": _plain,
+    "gemma2": _soft_capped,
+    "gpt2": _plain,
+    "gpt_neox": _plain,
+    "granite": _divided,
+    "llama": _plain,
+    "mistral": _plain,
+    "phi3": _plain,
+    "qwen2": _plain,
+    "qwen3": _plain,
+}
+
+
+class CausalHead:
+    """The LM head of a causal model as a function of hidden states, with its post-processing.
+
+    Raises:
+        ConfigError: the architecture's post-processing of logits is not known.
+    """
+
+    def __init__(self, model: Any) -> None:
+        kind = model.config.model_type
+        if kind not in _POST_PROCESSING:
+            raise ConfigError(
+                f"The LM head of model type {kind!r} is not known: its logits may be capped or "
+                f"scaled. Known types: {', '.join(sorted(_POST_PROCESSING))}."
+            )
+        self._post_process = _POST_PROCESSING[kind]
+        self._config = model.config
+        self._model = model
+
+    @property
+    def linear(self) -> nn.Module:
+        """The output embedding, looked up anew because wrappers replace modules."""
+        module: nn.Module = self._model.get_output_embeddings()
+        return module
+
+    @property
+    def vocabulary_size(self) -> int:
+        return int(self._config.vocab_size)
+
+    def __call__(self, hidden: Float[Tensor, "N H"]) -> Float[Tensor, "N V"]:
+        return self._post_process(self.linear(hidden), self._config)
+
+
+def token_statistics(
+    logits: Float[Tensor, "N V"], tokens: Int[Tensor, " N"], temperature: float
+) -> tuple[Float[Tensor, " N"], Float[Tensor, " N"]]:
+    """Log-probability of each token and entropy of its distribution, in nats, both fp32.
+
+    The entropy is a statistic: no gradient flows through it.
+    """
+    scaled = logits.float() / temperature
+    normalizer = scaled.logsumexp(-1)
+    logprobs = scaled.gather(-1, tokens.unsqueeze(-1)).squeeze(-1) - normalizer
+    with torch.no_grad():
+        log_distribution = scaled - normalizer.unsqueeze(-1)
+        entropies = -(log_distribution.exp() * log_distribution).sum(-1)
+    return logprobs, entropies
+
+
+def chunked_token_statistics(
+    hidden: Float[Tensor, "N H"],
+    tokens: Int[Tensor, " N"],
+    head: Callable[[Tensor], Tensor],
+    *,
+    vocabulary_size: int,
+    temperature: float = 1.0,
+    chunk_bytes: int = CHUNK_BYTES,
+    context_fn: Callable[[], tuple[Any, Any]] | None = None,
+) -> tuple[Float[Tensor, " N"], Float[Tensor, " N"]]:
+    """`token_statistics` of `head(hidden)` with at most `chunk_bytes` of fp32 logits alive at once.
+
+    With more than one chunk, each chunk's logits are recomputed in the backward pass.
+    `context_fn` is passed on to `torch.utils.checkpoint`.
+    """
+    chunk_tokens = max(1, chunk_bytes // (4 * vocabulary_size))
+
+    def statistics(part: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        return token_statistics(head(part), targets, temperature)
+
+    if hidden.shape[0] <= chunk_tokens:
+        return statistics(hidden, tokens)
+    step: Callable[..., tuple[Tensor, Tensor]] = statistics
+    if torch.is_grad_enabled() and hidden.requires_grad:
+        contexts = {} if context_fn is None else {"context_fn": context_fn}
+        step = functools.partial(checkpoint, statistics, use_reentrant=False, **contexts)
+    parts = [
+        step(part, targets)
+        for part, targets in zip(
+            hidden.split(chunk_tokens), tokens.split(chunk_tokens), strict=True
+        )
+    ]
+    logprobs, entropies = zip(*parts, strict=True)
+    return torch.cat(logprobs), torch.cat(entropies)

@@ -1,0 +1,185 @@
+"""AdapterRouter: one pass through the base, each slice of the batch through its own adapter.
+
+PEFT's own way to use several adapters is to switch the active one. That turns off `requires_grad`
+on the others, and under gradient checkpointing the first role's layers are recomputed with the
+last role's adapter: wrong gradients without an error. Here the active adapters stay empty, so the
+layers return the base's output, and a forward hook adds each slice's own low-rank update.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from peft import LoraConfig, PeftModel
+from peft.tuners import lora
+from peft.tuners.lora import LoraLayer
+from torch import Tensor, nn
+from torch.nn import functional
+
+from trl_sync.errors import ConfigError
+
+# One entry per equal slice of the batch: the adapter's name, or None for the base alone.
+Routes = tuple[str | None, ...]
+
+# The only fields of a LoraConfig that may differ from their defaults: each one is either handled by
+# the routing hook or changes only which layers get an adapter, with which rank and scale.
+_SUPPORTED_FIELDS = frozenset(
+    {
+        *("task_type", "peft_type", "auto_mapping", "peft_version", "base_model_name_or_path"),
+        *("revision", "inference_mode", "r", "lora_alpha", "lora_dropout", "use_rslora"),
+        *("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern"),
+        *("rank_pattern", "alpha_pattern", "fan_in_fan_out", "init_lora_weights", "lora_bias"),
+        *("megatron_core", "runtime_config", "qalora_group_size", "loftq_config"),
+    }
+)
+# The others (pissa, olora, loftq, eva, corda) rewrite the base, which is also the reference.
+_SUPPORTED_INITIALISATIONS = (True, False, "gaussian", "orthogonal")
+
+
+def check_lora_config(config: Any) -> None:
+    """Nothing, if the routing computes exactly what PEFT would for `config`.
+
+    Raises:
+        ConfigError: names the option that is not supported.
+    """
+    if not isinstance(config, LoraConfig):
+        raise ConfigError(
+            f"peft_config must be a LoraConfig, got {type(config).__name__}: roles share the base "
+            "through LoRA adapters. Other PEFT types are not supported."
+        )
+    if config.use_dora:
+        raise ConfigError("use_dora=True is not supported: set use_dora=False.")
+    if config.bias != "none":
+        raise ConfigError(
+            f'bias="{config.bias}" trains biases of the base, which the reference and the value '
+            'model share: set bias="none".'
+        )
+    if config.modules_to_save:
+        raise ConfigError(
+            f"modules_to_save={list(config.modules_to_save)} trains whole modules of the base that "
+            "the roles share: remove it. The value head is trained without it."
+        )
+    if config.init_lora_weights not in _SUPPORTED_INITIALISATIONS:
+        raise ConfigError(
+            f"init_lora_weights={config.init_lora_weights!r} is not supported, because it may "
+            "change the base, which serves as the reference: use one of "
+            f"{_SUPPORTED_INITIALISATIONS}."
+        )
+    default = LoraConfig()
+    for name in vars(default):
+        value = getattr(config, name, None)
+        supported = name in _SUPPORTED_FIELDS or name.startswith("_")
+        if not supported and value != getattr(default, name):
+            raise ConfigError(
+                f"LoRA option {name}={value!r} is not supported on a shared backbone: remove it."
+            )
+
+
+@functools.cache
+def _supported_layers() -> tuple[type[nn.Module], ...]:
+    kinds: list[type[nn.Module]] = [lora.Linear, lora.Embedding]
+    for name in ("Linear4bit", "Linear8bitLt"):
+        kind = getattr(lora, name, None)
+        if kind is not None:
+            kinds.append(kind)
+    return tuple(kinds)
+
+
+class AdapterRouter:
+    """Sends equal, contiguous slices of the batch through different LoRA adapters of one model.
+
+    The router attaches forward hooks to every LoRA layer of `model`. Outside of `routes(...)` the
+    layers compute the base alone.
+
+    Raises:
+        ConfigError: a LoRA layer is of a kind that the routing does not implement.
+    """
+
+    def __init__(self, model: PeftModel) -> None:
+        self.active: Routes = ()
+        self.layers: list[LoraLayer] = []
+        for name, module in model.named_modules():
+            if isinstance(module, LoraLayer):
+                if not isinstance(module, _supported_layers()):
+                    raise ConfigError(
+                        f"{name} is a {type(module).__name__}, which the routing does not "
+                        "implement. Supported: Linear, 4-bit and 8-bit bitsandbytes, Embedding."
+                    )
+                self.layers.append(module)
+        if not self.layers:
+            raise ConfigError("The model has no LoRA layer: check target_modules in peft_config.")
+        for layer in self.layers:
+            # PEFT adds the updates of the active adapters itself; the hook must be the only one.
+            layer._active_adapter = []
+            layer.register_forward_hook(self._add_updates)
+
+    @contextlib.contextmanager
+    def routes(self, *adapters: str | None) -> Iterator[None]:
+        """Within the block the batch is cut into `len(adapters)` equal slices, one for each."""
+        previous, self.active = self.active, adapters
+        try:
+            yield
+        finally:
+            self.active = previous
+
+    def checkpoint_contexts(self) -> tuple[Any, Any]:
+        """The contexts of a checkpointed forward and of its recomputation, for `context_fn`.
+
+        Backward runs after `routes(...)` has ended; the recomputation must see the same slices.
+        """
+        return contextlib.nullcontext(), self.routes(*self.active)
+
+    def _add_updates(self, layer: Any, args: tuple[Any, ...], output: Tensor) -> Tensor:
+        adapters = self.active
+        if not any(adapter in layer.scaling for adapter in adapters if adapter is not None):
+            return output
+        source = args[0]
+        if len(adapters) == 1:
+            return output + _update(layer, adapters[0], source).to(output.dtype)
+        if source.shape[0] % len(adapters):
+            raise AssertionError(f"{source.shape[0]} rows do not split into {len(adapters)} slices")
+        slices = zip(
+            adapters, source.chunk(len(adapters)), output.chunk(len(adapters)), strict=True
+        )
+        return torch.cat(
+            [
+                base
+                if adapter is None or adapter not in layer.scaling
+                else base + _update(layer, adapter, part).to(base.dtype)
+                for adapter, part, base in slices
+            ]
+        )
+
+
+def _update(layer: Any, adapter: str | None, source: Tensor) -> Tensor:
+    """The low-rank update of one adapter for one slice: `scaling * B(A(dropout(x)))`."""
+    scaling: float = layer.scaling[adapter]
+    if adapter in layer.lora_embedding_A:
+        rows = functional.embedding(source, layer.lora_embedding_A[adapter].T)
+        return rows @ layer.lora_embedding_B[adapter].T * scaling
+    down, up = layer.lora_A[adapter], layer.lora_B[adapter]
+    if not torch.is_autocast_enabled(source.device.type):
+        source = source.to(down.weight.dtype)
+    update: Tensor = up(down(layer.lora_dropout[adapter](source))) * scaling
+    return update
+
+
+def adapter_parameters(model: nn.Module, adapter: str) -> Iterator[tuple[str, nn.Parameter]]:
+    """The named LoRA parameters that belong to `adapter`."""
+    for name, parameter in model.named_parameters():
+        if "lora_" in name and adapter in name.split("."):
+            yield name, parameter
+
+
+def set_adapter_trainable(model: nn.Module, adapters: Sequence[str]) -> None:
+    """Only the LoRA parameters of `adapters` require gradients, in all of `model`."""
+    trainable = {id(p) for adapter in adapters for _, p in adapter_parameters(model, adapter)}
+    for parameter in model.parameters():
+        parameter.requires_grad_(id(parameter) in trainable)
+
+
+CheckpointContexts = Callable[[], tuple[Any, Any]]

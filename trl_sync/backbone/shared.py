@@ -1,0 +1,341 @@
+"""SharedBackbone: one frozen (4-bit) base that serves policy, value model and reference."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float, Int
+from peft import LoraConfig, PeftModel, get_peft_model
+from torch import Tensor, nn
+from transformers import GenerationConfig, PreTrainedModel
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from trl_sync.backbone.logprob import CHUNK_BYTES, CausalHead, chunked_token_statistics
+from trl_sync.backbone.roles import POLICY, REFERENCE, VALUE, Role
+from trl_sync.backbone.routing import (
+    AdapterRouter,
+    adapter_parameters,
+    check_lora_config,
+    set_adapter_trainable,
+)
+from trl_sync.errors import ConfigError
+
+RoleOutputs = dict[str, dict[str, Tensor]]
+
+
+class SharedBackbone(nn.Module):
+    """One base in memory, seen through three roles.
+
+    | role | view | trained |
+    |---|---|---|
+    | policy | base + LoRA `policy`, LM head | yes |
+    | value | base + LoRA `value`, value head (H -> 1) | yes |
+    | reference | the base alone, or base + frozen LoRA `reference` | no |
+
+    `model` is the causal LM that becomes the frozen base (any precision, 4-bit included); it is
+    changed in place. `peft_config` describes the policy adapter, `value_peft_config` the value
+    adapter (default: the same without the LM head). With `reference_adapter=True` a third, frozen
+    adapter holds the reference, for an SFT model that is itself an adapter.
+
+    The base stays in evaluation mode: its own dropout never runs. LoRA dropout follows `train()`.
+
+    Raises:
+        ConfigError: the model already has adapters, its LM head is unknown, or the LoRA options
+            are not supported by the routing.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        peft_config: LoraConfig | None = None,
+        *,
+        value_peft_config: LoraConfig | None = None,
+        reference_adapter: bool = False,
+        logprob_chunk_bytes: int = CHUNK_BYTES,
+    ) -> None:
+        super().__init__()
+        if isinstance(model, PeftModel) or getattr(model, "peft_config", None):
+            raise ConfigError(
+                "The model already has adapters, and peft_config would add others on top. Pass "
+                "the plain base with peft_config, or load base and SFT adapter together with "
+                "trl_sync.backbone.loading.load_shared_backbone."
+            )
+        peft_config = peft_config if peft_config is not None else default_lora_config()
+        value_peft_config = value_peft_config or _without_output_embeddings(model, peft_config)
+        for config in (peft_config, value_peft_config):
+            check_lora_config(config)
+        self.logprob_chunk_bytes = logprob_chunk_bytes
+        self._head = CausalHead(model)
+        model.eval()
+        # PEFT writes the resolved target modules into the config it is given.
+        self.peft_model = get_peft_model(model, copy.deepcopy(peft_config), adapter_name=POLICY)
+        self.peft_model.add_adapter(VALUE, copy.deepcopy(value_peft_config))
+        if reference_adapter:
+            self.peft_model.add_adapter(REFERENCE, copy.deepcopy(peft_config))
+        self.router = AdapterRouter(self.peft_model)
+        # fp32 whatever the base: one row of weights costs nothing, and returns are regressed on it.
+        self.value_head = nn.Linear(_hidden_size(model), 1, device=self._trunk_device())
+        nn.init.zeros_(self.value_head.weight)
+        nn.init.zeros_(self.value_head.bias)
+        set_adapter_trainable(self.peft_model, (POLICY, VALUE))
+        self.roles = {
+            POLICY: Role(name=POLICY, adapter=POLICY, trainable=True),
+            VALUE: Role(name=VALUE, adapter=VALUE, trainable=True),
+            REFERENCE: Role(
+                name=REFERENCE, adapter=REFERENCE if reference_adapter else None, trainable=False
+            ),
+        }
+        self._silence_base_dropout()
+        self.train(False)
+
+    @property
+    def causal_model(self) -> PreTrainedModel:
+        """The causal LM whose layers carry the adapters."""
+        return self.peft_model.base_model.model
+
+    @property
+    def config(self) -> Any:
+        return self.causal_model.config
+
+    @property
+    def is_quantized(self) -> bool:
+        return bool(getattr(self.causal_model, "is_quantized", False))
+
+    @property
+    def _no_split_modules(self) -> Any:
+        return getattr(self.causal_model, "_no_split_modules", None)
+
+    def train(self, mode: bool = True) -> SharedBackbone:
+        """Training mode for the trainable roles' LoRA dropout only; the base stays in evaluation.
+
+        The layers that decide on gradient checkpointing by their own flag get it; what they
+        contain does not.
+        """
+        super().train(False)
+        self.training = mode
+        self.value_head.train(mode)
+        for module in self.peft_model.modules():
+            if isinstance(module, GradientCheckpointingLayer):
+                module.training = mode
+        for layer in self.router.layers:
+            for role in self.roles.values():
+                if role.trainable and role.adapter in layer.lora_dropout:
+                    layer.lora_dropout[role.adapter].train(mode)
+        return self
+
+    def activation_checkpointing_enable(
+        self,
+        activation_checkpointing_kwargs: dict[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Recompute activations in backward, each slice through the adapter it had in forward.
+
+        Raises:
+            ConfigError: reentrant checkpointing was asked for, which cannot carry the routes.
+        """
+        options = dict(activation_checkpointing_kwargs or {})
+        if options.pop("use_reentrant", False):
+            raise ConfigError(
+                "use_reentrant=True is not supported on a shared backbone: the recomputation would "
+                "not know which adapter each slice went through. Remove it or set it to False."
+            )
+        options |= {"use_reentrant": False, "context_fn": self.router.checkpoint_contexts}
+        self.causal_model.activation_checkpointing_enable(options, **kwargs)
+        # The non-reentrant kind needs no gradient at the embeddings, which stay frozen.
+        self.causal_model.disable_input_require_grads()
+
+    def gradient_checkpointing_enable(
+        self, gradient_checkpointing_kwargs: dict[str, Any] | None = None, **kwargs: Any
+    ) -> None:
+        """The older name of `activation_checkpointing_enable`."""
+        self.activation_checkpointing_enable(gradient_checkpointing_kwargs, **kwargs)
+
+    def gradient_checkpointing_disable(self) -> None:
+        """Keep activations instead of recomputing them."""
+        self.causal_model.gradient_checkpointing_disable()
+
+    def forward(
+        self,
+        input_ids: Int[Tensor, "B T"],
+        attention_mask: Bool[Tensor, "B T"],
+        response_mask: Bool[Tensor, "B R"],
+        roles: Sequence[str] = (POLICY, VALUE),
+        temperature: float = 1.0,
+    ) -> RoleOutputs:
+        """What each role says about the last R tokens, in one pass through the base.
+
+        Language-model roles give `logprobs` and `entropies` (nats, of softmax(logits /
+        temperature)), the value role gives `values`; all [B, R] in fp32, 0.0 where
+        `response_mask` is False. Prompts are padded on the left, responses on the right.
+        """
+        num_response = response_mask.shape[1]
+        # The last token predicts nothing, so it needs no pass.
+        hidden = self._hidden_states(input_ids[:, :-1], attention_mask[:, :-1], roles)
+        outputs: RoleOutputs = {}
+        for role, states in zip(roles, hidden.chunk(len(roles)), strict=True):
+            states = states[:, -num_response:]
+            if role == VALUE:
+                outputs[role] = {"values": self._values(states, response_mask)}
+            else:
+                tokens = input_ids[:, -num_response:]
+                outputs[role] = self._token_statistics(
+                    states, tokens, response_mask, role, temperature
+                )
+        return outputs
+
+    @torch.no_grad()
+    def generate(
+        self,
+        input_ids: Int[Tensor, "B P"],
+        attention_mask: Bool[Tensor, "B P"],
+        generation_config: GenerationConfig,
+        role: str = POLICY,
+        **kwargs: Any,
+    ) -> Int[Tensor, "B T"]:
+        """Prompts with a continuation of `role`, sampled exactly as `generation_config` says.
+
+        Nothing is inherited from the model's own generation config: a repetition penalty stored
+        there would make the sampling distribution differ from the one PPO takes gradients of.
+        """
+        with (
+            self.router.routes(self.roles[role].adapter),
+            _own_generation_config(self.causal_model, generation_config),
+        ):
+            return self.causal_model.generate(
+                input_ids=input_ids.masked_fill(~attention_mask.bool(), 0),
+                attention_mask=attention_mask.long(),
+                **kwargs,
+            )
+
+    def role_parameters(self, role: str) -> Iterator[tuple[str, nn.Parameter]]:
+        """The named parameters that belong to `role` alone: its adapter, and the value head."""
+        adapter = self.roles[role].adapter
+        if adapter is not None:
+            yield from adapter_parameters(self.peft_model, adapter)
+        if role == VALUE:
+            for name, parameter in self.value_head.named_parameters():
+                yield f"value_head.{name}", parameter
+
+    def check_roles(self) -> None:
+        """Nothing, if exactly the policy, the value adapter and the value head are trainable.
+
+        Raises:
+            ConfigError: names the first parameter that breaks this.
+        """
+        expected = {
+            id(parameter)
+            for role in self.roles.values()
+            if role.trainable
+            for _, parameter in self.role_parameters(role.name)
+        }
+        for name, parameter in self.named_parameters():
+            if parameter.requires_grad != (id(parameter) in expected):
+                state = "trains but is frozen" if id(parameter) in expected else "must not train"
+                raise ConfigError(
+                    f"{name} {state}: its requires_grad is {parameter.requires_grad}. Was it "
+                    "changed after the SharedBackbone was made?"
+                )
+
+    def _hidden_states(
+        self,
+        input_ids: Int[Tensor, "B T"],
+        attention_mask: Bool[Tensor, "B T"],
+        roles: Sequence[str],
+    ) -> Float[Tensor, "roles_B T H"]:
+        mask = attention_mask.bool()
+        # Padding ids may lie outside the embedding (a pad token added without resizing).
+        tokens = input_ids.masked_fill(~mask, 0)
+        positions = (mask.long().cumsum(-1) - 1).clamp(min=0)
+        with self.router.routes(*(self.roles[role].adapter for role in roles)):
+            output = _trunk(self.causal_model)(
+                input_ids=tokens.repeat(len(roles), 1),
+                attention_mask=mask.long().repeat(len(roles), 1),
+                position_ids=positions.repeat(len(roles), 1),
+                use_cache=False,
+            )
+        return output.last_hidden_state
+
+    def _values(
+        self, states: Float[Tensor, "B R H"], mask: Bool[Tensor, "B R"]
+    ) -> Float[Tensor, "B R"]:
+        values = self.value_head(states.to(self.value_head.weight.dtype)).squeeze(-1)
+        return values.float().masked_fill(~mask, 0.0)
+
+    def _token_statistics(
+        self,
+        states: Float[Tensor, "B R H"],
+        tokens: Int[Tensor, "B R"],
+        mask: Bool[Tensor, "B R"],
+        role: str,
+        temperature: float,
+    ) -> dict[str, Tensor]:
+        with self.router.routes(self.roles[role].adapter):
+            statistics = chunked_token_statistics(
+                states[mask],
+                tokens[mask],
+                self._head,
+                vocabulary_size=self._head.vocabulary_size,
+                temperature=temperature,
+                chunk_bytes=self.logprob_chunk_bytes,
+                context_fn=self.router.checkpoint_contexts,
+            )
+        zeros = torch.zeros(mask.shape, dtype=torch.float32, device=mask.device)
+        names = ("logprobs", "entropies")
+        return {
+            name: zeros.masked_scatter(mask, found)
+            for name, found in zip(names, statistics, strict=True)
+        }
+
+    def _trunk_device(self) -> torch.device:
+        return self.causal_model.get_input_embeddings().weight.device
+
+    def _silence_base_dropout(self) -> None:
+        # Checkpointed layers carry the training flag, so dropout they apply themselves would run.
+        for module in self.peft_model.modules():
+            if isinstance(module, GradientCheckpointingLayer):
+                for name, value in vars(module).items():
+                    if "dropout" in name and isinstance(value, float):
+                        setattr(module, name, 0.0)
+
+
+def default_lora_config() -> LoraConfig:
+    """LoRA of rank 16 on every linear layer but the LM head, without dropout."""
+    return LoraConfig(r=16, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM")
+
+
+def _trunk(model: PreTrainedModel) -> nn.Module:
+    """The causal LM without its head."""
+    trunk: nn.Module = getattr(model, model.base_model_prefix)
+    return trunk
+
+
+def _hidden_size(model: PreTrainedModel) -> int:
+    return int(model.get_input_embeddings().weight.shape[-1])
+
+
+def _without_output_embeddings(model: PreTrainedModel, config: LoraConfig) -> LoraConfig:
+    """`config` for the value model, whose pass never reaches the LM head."""
+    config = copy.deepcopy(config)
+    targets = config.target_modules
+    if isinstance(targets, (list, set, tuple)):
+        head = model.get_output_embeddings()
+        names = {
+            name.rpartition(".")[2] for name, module in model.named_modules() if module is head
+        }
+        config.target_modules = set(targets) - names
+    return config
+
+
+@contextlib.contextmanager
+def _own_generation_config(model: PreTrainedModel, config: GenerationConfig) -> Iterator[None]:
+    """Within the block `config` is the model's generation config, so that none of its own leaks."""
+    previous = model.generation_config
+    model.generation_config = config
+    try:
+        yield
+    finally:
+        model.generation_config = previous

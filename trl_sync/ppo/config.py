@@ -1,0 +1,332 @@
+"""PPOConfig, what the user chose, and BatchPlan, the sizes that follow from it."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from transformers import TrainingArguments
+from transformers.utils import is_torch_bf16_gpu_available
+
+from trl_sync.errors import ConfigError
+
+
+@dataclass
+class PPOConfig(TrainingArguments):
+    """The settings of PPO: the fields and defaults of TRL 1.12's `PPOConfig`.
+
+    Every field of `transformers.TrainingArguments` is there too. Different from TRL: `bf16` defaults
+    to True only where the device computes bfloat16 natively, so `PPOConfig()` constructs on any
+    machine; and `bf16`, `gradient_checkpointing`, `max_grad_norm`, evaluation and saving take effect.
+
+    `per_device_train_batch_size` is the size of a micro-batch; `gradient_accumulation_steps` counts
+    the micro-batches of one rollout batch, as in TRL. The stock training loop accumulates over one
+    mini-batch, so after construction the field holds that number divided by `num_mini_batches`.
+
+    Raises:
+        ConfigError: sizes that do not divide, or a setting out of its range.
+    """
+
+    # Named in TRL but read-only here: filled in below the class.
+    world_size: int | None = field(
+        default=None, metadata={"help": "Computed: number of processes. Do not set."}
+    )
+    logging_steps: float = field(
+        default=10, metadata={"help": "Log every this many optimizer updates."}
+    )
+    gradient_checkpointing: bool | None = field(
+        default=True,
+        metadata={"help": "Recompute activations in backward: less memory, about 20%% slower."},
+    )
+    bf16: bool | None = field(
+        default=None,
+        metadata={
+            "help": "Compute in bfloat16. Default: True where the device supports it natively."
+        },
+    )
+    learning_rate: float = field(
+        default=3e-6,
+        metadata={"help": "Initial learning rate of AdamW. LoRA wants about 10x more."},
+    )
+    lr_scheduler_kwargs: dict | str | None = field(
+        default=None,
+        metadata={"help": "Further arguments of the learning rate scheduler, as JSON."},
+    )
+    dataset_num_proc: int | None = field(
+        default=None, metadata={"help": "Processes that tokenize the dataset."}
+    )
+    num_mini_batches: int = field(
+        default=1, metadata={"help": "Optimizer updates per PPO epoch of one rollout batch."}
+    )
+    total_episodes: int | None = field(
+        default=None,
+        metadata={
+            "help": "Episodes to train for. Default: num_train_epochs x size of the dataset."
+        },
+    )
+    local_rollout_forward_batch_size: int = field(
+        default=64, metadata={"help": "Sequences that one process generates or scores at once."}
+    )
+    num_sample_generations: int = field(
+        default=10,
+        metadata={"help": "How often to print completions of the evaluation prompts. 0: never."},
+    )
+    response_length: int = field(
+        default=53, metadata={"help": "Most tokens that a response may have."}
+    )
+    stop_token: Literal["eos"] | None = field(
+        default=None,
+        metadata={
+            "help": "'eos': a response ends at the tokenizer's end-of-sequence token. Not set: "
+            "every response has response_length tokens. Excludes stop_token_id."
+        },
+    )
+    stop_token_id: int | None = field(
+        default=None, metadata={"help": "Id of the token that ends a response."}
+    )
+    temperature: float = field(default=0.7, metadata={"help": "Sampling temperature."})
+    missing_eos_penalty: float | None = field(
+        default=None,
+        metadata={"help": "Subtracted from the score of a response that has no stop token."},
+    )
+    sft_model_path: str = field(
+        default="EleutherAI/pythia-160m",
+        metadata={"help": "Read by scripts only: path of the SFT model."},
+    )
+    reward_model_path: str = field(
+        default="EleutherAI/pythia-160m",
+        metadata={"help": "Read by scripts only: path or hub name of a sequence classifier."},
+    )
+    num_total_batches: int | None = field(
+        default=None, metadata={"help": "Computed: number of rollout batches. Do not set."}
+    )
+    micro_batch_size: int | None = field(
+        default=None, metadata={"help": "Computed: micro-batch over all processes. Do not set."}
+    )
+    local_batch_size: int | None = field(
+        default=None, metadata={"help": "Computed: rollout batch of one process. Do not set."}
+    )
+    batch_size: int | None = field(
+        default=None, metadata={"help": "Computed: rollout batch over all processes. Do not set."}
+    )
+    local_mini_batch_size: int | None = field(
+        default=None, metadata={"help": "Computed: mini-batch of one process. Do not set."}
+    )
+    mini_batch_size: int | None = field(
+        default=None, metadata={"help": "Computed: mini-batch over all processes. Do not set."}
+    )
+    push_to_hub: bool = field(
+        default=False, metadata={"help": "Push the trained adapters to the hub."}
+    )
+    model_adapter_name: str | None = field(
+        default=None, metadata={"help": "TRL's name of the trained adapter; always 'policy' here."}
+    )
+    ref_adapter_name: str | None = field(
+        default=None, metadata={"help": "TRL's name of the reference adapter; 'reference' here."}
+    )
+    num_ppo_epochs: int = field(default=4, metadata={"help": "Passes over each rollout batch."})
+    whiten_rewards: bool = field(
+        default=False, metadata={"help": "Scale the rewards to unit variance before GAE."}
+    )
+    kl_coef: float = field(default=0.05, metadata={"help": "Weight of the KL penalty."})
+    kl_estimator: Literal["k1", "k3"] = field(
+        default="k1",
+        metadata={"help": "k1: log ratio; k3: ratio - 1 - log ratio, never negative."},
+    )
+    cliprange: float = field(default=0.2, metadata={"help": "Clip range of the policy's ratio."})
+    vf_coef: float = field(default=0.1, metadata={"help": "Weight of the value loss."})
+    cliprange_value: float = field(default=0.2, metadata={"help": "Clip range of the values."})
+    gamma: float = field(default=1.0, metadata={"help": "Discount factor."})
+    lam: float = field(default=0.95, metadata={"help": "Lambda of GAE."})
+    ds3_gather_for_generation: bool = field(
+        default=True, metadata={"help": "Under ZeRO-3, gather the weights once for each rollout."}
+    )
+    use_vllm: bool = field(
+        default=False, metadata={"help": "Not supported yet: rollouts use transformers' generate."}
+    )
+
+    def __post_init__(self) -> None:
+        if self.bf16 is None:
+            self.bf16 = not self.fp16 and _computes_bf16_natively(bool(self.use_cpu))
+        # transformers 5.23 renamed these two; both names work here, without a warning.
+        for old, new in (
+            ("gradient_checkpointing", "activation_checkpointing"),
+            ("gradient_checkpointing_kwargs", "activation_checkpointing_kwargs"),
+        ):
+            if getattr(self, new) is None:
+                setattr(self, new, getattr(self, old))
+            setattr(self, old, None)
+        _check_ranges(self)
+        self._split_accumulation()
+        if self.ddp_find_unused_parameters is None:
+            # Every trainable parameter takes part in every pass.
+            self.ddp_find_unused_parameters = False
+        super().__post_init__()
+
+    def _split_accumulation(self) -> None:
+        """Divides the accumulation by the mini-batches, once, also when a copy is made."""
+        steps = int(self.gradient_accumulation_steps)
+        per_device = self.per_device_train_batch_size
+        if self.local_batch_size is not None:
+            already_split = per_device * steps * self.num_mini_batches == self.local_batch_size
+            if already_split:
+                return
+            if per_device * steps != self.local_batch_size:
+                raise ConfigError(
+                    f"local_batch_size={self.local_batch_size} is computed from "
+                    f"per_device_train_batch_size={per_device} and gradient_accumulation_steps="
+                    f"{steps}, and does not fit them: leave it unset."
+                )
+        if steps % self.num_mini_batches:
+            raise ConfigError(
+                f"gradient_accumulation_steps={steps} micro-batches do not divide into "
+                f"num_mini_batches={self.num_mini_batches} equal mini-batches: use a multiple of "
+                f"{self.num_mini_batches}."
+            )
+        self.local_batch_size = per_device * steps
+        self.gradient_accumulation_steps = steps // self.num_mini_batches
+
+
+def _world_size(self: PPOConfig) -> int:
+    return int(TrainingArguments.world_size.fget(self))
+
+
+def _refuse_world_size(self: PPOConfig, value: Any) -> None:
+    # TRL's field is filled in by its trainer; here it is always the launcher's number.
+    if value is not None and not isinstance(value, property) and value != _world_size(self):
+        raise ConfigError(
+            f"world_size={value} was given, but the launcher started {_world_size(self)} "
+            "processes: set the number with accelerate launch --num_processes."
+        )
+
+
+# The dataclass above made `world_size` an argument of the constructor, as in TRL; as an attribute it
+# stays what transformers computes.
+PPOConfig.world_size = property(_world_size, _refuse_world_size)  # type: ignore[assignment]
+
+
+def _computes_bf16_natively(use_cpu: bool) -> bool:
+    if use_cpu or not torch.cuda.is_available():
+        return False
+    return bool(is_torch_bf16_gpu_available())
+
+
+def _check_ranges(config: PPOConfig) -> None:
+    positive = (
+        *("num_mini_batches", "num_ppo_epochs", "response_length", "temperature"),
+        *("local_rollout_forward_batch_size", "per_device_train_batch_size"),
+        *("gradient_accumulation_steps", "cliprange", "cliprange_value"),
+    )
+    for name in positive:
+        if not getattr(config, name) > 0:
+            raise ConfigError(f"{name} must be positive, got {getattr(config, name)}.")
+    for name in ("kl_coef", "vf_coef", "num_sample_generations"):
+        if not getattr(config, name) >= 0:
+            raise ConfigError(f"{name} must not be negative, got {getattr(config, name)}.")
+    for name in ("gamma", "lam"):
+        if not 0 <= getattr(config, name) <= 1:
+            raise ConfigError(f"{name} must lie between 0 and 1, got {getattr(config, name)}.")
+    if config.total_episodes is not None and config.total_episodes <= 0:
+        raise ConfigError(f"total_episodes must be positive, got {config.total_episodes}.")
+    if config.stop_token not in (None, "eos"):
+        raise ConfigError(f"stop_token must be 'eos' or unset, got {config.stop_token!r}.")
+    if config.stop_token is not None and config.stop_token_id is not None:
+        raise ConfigError("stop_token and stop_token_id exclude each other: set one of them.")
+    if config.kl_estimator not in ("k1", "k3"):
+        raise ConfigError(f"kl_estimator must be 'k1' or 'k3', got {config.kl_estimator!r}.")
+    if config.missing_eos_penalty is not None and config.missing_eos_penalty < 0:
+        raise ConfigError(
+            f"missing_eos_penalty is subtracted and must be positive, got "
+            f"{config.missing_eos_penalty}."
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BatchPlan:
+    """The sizes of one run, derived once. `local_` is one process, the others are all processes.
+
+    A rollout batch is cut into `num_mini_batches` mini-batches, one optimizer update each; a
+    mini-batch is accumulated over micro-batches. The batch is passed `num_ppo_epochs` times.
+    """
+
+    world_size: int
+    local_micro_batch_size: int
+    local_mini_batch_size: int
+    local_batch_size: int
+    num_mini_batches: int
+    num_ppo_epochs: int
+    iterations_per_epoch: int
+    num_iterations: int
+
+    @classmethod
+    def derive(cls, config: PPOConfig, dataset_rows: int) -> BatchPlan:
+        """The plan for a dataset of that many prompts.
+
+        Raises:
+            ConfigError: the dataset is empty or smaller than one rollout batch, or `max_steps` ends
+                inside an iteration.
+        """
+        assert config.local_batch_size is not None  # set by PPOConfig
+        batch_size = config.local_batch_size * config.world_size
+        if dataset_rows < batch_size:
+            raise ConfigError(
+                f"The dataset has {dataset_rows} prompts, fewer than one rollout batch of "
+                f"{batch_size} (per_device_train_batch_size {config.per_device_train_batch_size} x "
+                "gradient_accumulation_steps x processes): use more prompts or smaller batches."
+            )
+        iterations_per_epoch = dataset_rows // batch_size
+        updates = config.num_ppo_epochs * config.num_mini_batches
+        if config.max_steps > 0:
+            if config.max_steps % updates:
+                raise ConfigError(
+                    f"max_steps={config.max_steps} counts optimizer updates and would end inside an "
+                    f"iteration of {updates} (num_ppo_epochs x num_mini_batches): use a multiple."
+                )
+            num_iterations = config.max_steps // updates
+        elif config.total_episodes is not None:
+            num_iterations = math.ceil(config.total_episodes / batch_size)
+        else:
+            num_iterations = math.ceil(config.num_train_epochs * iterations_per_epoch)
+        return cls(
+            world_size=config.world_size,
+            local_micro_batch_size=config.per_device_train_batch_size,
+            local_mini_batch_size=config.local_batch_size // config.num_mini_batches,
+            local_batch_size=config.local_batch_size,
+            num_mini_batches=config.num_mini_batches,
+            num_ppo_epochs=config.num_ppo_epochs,
+            iterations_per_epoch=iterations_per_epoch,
+            num_iterations=num_iterations,
+        )
+
+    @property
+    def batch_size(self) -> int:
+        return self.local_batch_size * self.world_size
+
+    @property
+    def updates_per_iteration(self) -> int:
+        return self.num_ppo_epochs * self.num_mini_batches
+
+    @property
+    def updates_per_epoch(self) -> int:
+        return self.iterations_per_epoch * self.updates_per_iteration
+
+    @property
+    def max_steps(self) -> int:
+        return self.num_iterations * self.updates_per_iteration
+
+    @property
+    def micro_batches_per_iteration(self) -> int:
+        return self.num_ppo_epochs * (self.local_batch_size // self.local_micro_batch_size)
+
+    def fill_in(self, config: PPOConfig) -> None:
+        """Writes the sizes that TRL scripts read into the config's computed fields."""
+        config.num_total_batches = self.num_iterations
+        config.micro_batch_size = self.local_micro_batch_size * self.world_size
+        config.local_batch_size = self.local_batch_size
+        config.batch_size = self.batch_size
+        config.local_mini_batch_size = self.local_mini_batch_size
+        config.mini_batch_size = self.local_mini_batch_size * self.world_size
+        config.total_episodes = self.num_iterations * self.batch_size
+        config.max_steps = self.max_steps

@@ -1,0 +1,225 @@
+"""ExperienceLoader: what PPO is besides a loss, as a data loader for the stock training loop.
+
+Each iteration rolls out a batch of prompts, scores it, estimates advantages, and then yields the
+micro-batches of `num_ppo_epochs x num_mini_batches` optimizer updates.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+
+from trl_sync.errors import RewardError
+from trl_sync.ppo.advantage import (
+    explained_variance,
+    generalized_advantages,
+    kl_estimate,
+    place_rewards,
+    whiten,
+)
+from trl_sync.ppo.batch import Experience, Rollout, ScoredRollout
+from trl_sync.ppo.config import BatchPlan, PPOConfig
+from trl_sync.ppo.prompts import PromptDataset
+from trl_sync.ppo.rewards import RewardSource
+from trl_sync.ppo.rollout import Sampling, roll_out, seeded
+from trl_sync.ppo.score import score
+
+# Added to the seed so that each use draws its own random numbers.
+_PROMPT_ORDER, _SAMPLING, _MINI_BATCHES, EVALUATION = range(4)
+
+Metrics = dict[str, float]
+
+
+class ExperienceLoader:
+    """Micro-batches of one pass over the prompts; a rollout happens where an iteration begins.
+
+    Everything drawn at random (prompt order, responses, mini-batches) is a function of the seed,
+    the iteration and the rank, so `first_iteration` is all the state a resumed run needs:
+    it tells, at the beginning of an epoch, how many of the epoch's iterations are done.
+    """
+
+    def __init__(
+        self,
+        *,
+        config: PPOConfig,
+        plan: BatchPlan,
+        prompts: PromptDataset,
+        model: Any,
+        rewards: RewardSource,
+        sampling: Sampling,
+        accelerator: Accelerator,
+        first_iteration: Callable[[], int],
+        on_metrics: Callable[[Metrics], None],
+    ) -> None:
+        self.dataset = prompts
+        self._config = config
+        self._plan = plan
+        self._model = model
+        self._rewards = rewards
+        self._sampling = sampling
+        self._accelerator = accelerator
+        self._first_iteration = first_iteration
+        self._on_metrics = on_metrics
+        self._epoch = 0
+
+    def __len__(self) -> int:
+        return self._plan.iterations_per_epoch * self._plan.micro_batches_per_iteration
+
+    def set_epoch(self, epoch: int) -> None:
+        """Called by the training loop before each pass."""
+        self._epoch = epoch
+
+    def __iter__(self) -> Iterator[dict[str, Tensor]]:
+        order = self._generator(_PROMPT_ORDER, self._epoch).permutation(len(self.dataset))
+        for position in range(self._first_iteration(), self._plan.iterations_per_epoch):
+            iteration = self._epoch * self._plan.iterations_per_epoch + position
+            start = position * self._plan.batch_size
+            indices = order[start : start + self._plan.batch_size]
+            yield from self._iteration(iteration, indices.tolist())
+
+    def _iteration(self, iteration: int, indices: list[int]) -> Iterator[dict[str, Tensor]]:
+        started_s = time.perf_counter()
+        rank, ranks = self._accelerator.process_index, self._plan.world_size
+        self._model.eval()
+        with seeded(self._accelerator.device, self._config.seed, _SAMPLING, iteration, rank):
+            rollout = self._roll_out(indices[rank::ranks])
+        rolled_out_s = time.perf_counter()
+        scored = self._score(rollout)
+        experience, metrics = make_experience(scored, self._config, self._reduce_sum)
+        metrics["time/rollout_s"] = rolled_out_s - started_s
+        metrics["time/score_s"] = time.perf_counter() - rolled_out_s
+        self._on_metrics(metrics)
+        mini_batches = list(self._mini_batches(experience, iteration))
+        tokens = torch.stack([experience.response_mask[rows].sum() for rows in mini_batches])
+        # An all-empty mini-batch has no loss; 1 keeps its zero a zero.
+        denominators = self._reduce_sum(tokens).clamp(min=1)
+        for rows, denominator in zip(mini_batches, denominators, strict=True):
+            for part in rows.split(self._plan.local_micro_batch_size):
+                yield experience.micro_batch(part, denominator)
+
+    def _roll_out(self, indices: list[int]) -> Rollout:
+        with self._accelerator.autocast():
+            return roll_out(
+                self._model,
+                self.dataset.batch(indices),
+                self._sampling,
+                batch_size=self._config.local_rollout_forward_batch_size,
+                device=self._accelerator.device,
+            )
+
+    def _score(self, rollout: Rollout) -> ScoredRollout:
+        scored: ScoredRollout | None = None
+        error: Exception | None = None
+        try:
+            with self._accelerator.autocast():
+                scored = score(
+                    self._model,
+                    rollout,
+                    self._rewards,
+                    temperature=self._config.temperature,
+                    batch_size=self._config.local_rollout_forward_batch_size,
+                    missing_eos_penalty=self._config.missing_eos_penalty,
+                )
+        except Exception as caught:  # shared with the other ranks below, then raised
+            error = caught
+        raise_together(self._accelerator, error)
+        assert scored is not None
+        return scored
+
+    def _mini_batches(self, experience: Experience, iteration: int) -> Iterator[Tensor]:
+        """Rows of each mini-batch in the order of the updates; every rank draws the same order."""
+        lengths = experience.response_mask.sum(1)
+        for epoch in range(self._plan.num_ppo_epochs):
+            generator = self._generator(_MINI_BATCHES, iteration, epoch)
+            order = torch.from_numpy(generator.permutation(self._plan.local_batch_size))
+            for rows in order.to(lengths.device).split(self._plan.local_mini_batch_size):
+                # Similar lengths share a micro-batch; the gradient of the mini-batch is the same.
+                yield rows[lengths[rows].argsort(stable=True)]
+
+    def _generator(self, *entropy: int) -> Any:
+        return np.random.default_rng([self._config.seed, *entropy])
+
+    def _reduce_sum(self, tensor: Tensor) -> Tensor:
+        return reduce_sum(self._accelerator, tensor)
+
+
+def make_experience(
+    scored: ScoredRollout, config: PPOConfig, reduce: Callable[[Tensor], Tensor]
+) -> tuple[Experience, Metrics]:
+    """Experience and the metrics of its rollout, averaged over the episodes of all ranks."""
+    rollout, mask = scored.rollout, scored.rollout.response_mask
+    kl = kl_estimate(scored.logprobs, scored.reference_logprobs, mask, config.kl_estimator)
+    rewards = place_rewards(scored.scores, kl, mask, config.kl_coef)
+    if config.whiten_rewards:
+        rewards = whiten(rewards, mask, shift_mean=False, reduce_sum=reduce)
+    advantages, returns = generalized_advantages(
+        rewards, scored.values, mask, gamma=config.gamma, lam=config.lam
+    )
+    experience = Experience(
+        input_ids=rollout.input_ids,
+        attention_mask=rollout.attention_mask,
+        response_mask=mask,
+        old_logprobs=scored.logprobs,
+        old_values=scored.values,
+        advantages=whiten(advantages, mask, reduce_sum=reduce),
+        returns=returns,
+    )
+    metrics = rollout_metrics(scored, kl, config.kl_coef, reduce)
+    metrics["val/explained_variance"] = explained_variance(scored.values, returns, mask, reduce)
+    return experience, metrics
+
+
+def rollout_metrics(
+    scored: ScoredRollout, kl: Tensor, kl_coef: float, reduce: Callable[[Tensor], Tensor]
+) -> Metrics:
+    """Means over the episodes of all ranks, under the names that TRL's trainer logs."""
+    mask = scored.rollout.response_mask
+    penalty = -kl_coef * kl.sum(1)
+    sums = {
+        "objective/kl": kl.sum(1),
+        "objective/entropy": -scored.logprobs.sum(1),
+        "objective/non_score_reward": penalty,
+        "objective/rlhf_reward": scored.scores + penalty,
+        "objective/scores": scored.scores,
+        "objective/response_length": mask.sum(1),
+        "objective/stopped": scored.rollout.stopped,
+    }
+    squared = scored.scores.double().pow(2).sum()
+    episodes = torch.tensor(len(kl), dtype=torch.float64, device=kl.device)
+    columns = [values.double().sum() for values in sums.values()]
+    *totals, squared_total, count = reduce(torch.stack([*columns, squared, episodes])).tolist()
+    metrics = {name: total / count for name, total in zip(sums, totals, strict=True)}
+    spread = squared_total / count - metrics["objective/scores"] ** 2
+    metrics["objective/scores_std"] = max(0.0, spread) ** 0.5
+    metrics["val/num_eos_tokens"] = metrics["objective/stopped"] * count
+    return metrics
+
+
+def reduce_sum(accelerator: Accelerator, tensor: Tensor) -> Tensor:
+    """The sum of `tensor` over the processes, a collective."""
+    reduced: Tensor = accelerator.reduce(tensor.clone(), reduction="sum")
+    return reduced
+
+
+def raise_together(accelerator: Accelerator, error: Exception | None) -> None:
+    """Raises on every process if any of them has an error, so that none waits for another.
+
+    A collective: every process calls it, with its own error or None.
+
+    Raises:
+        RewardError: another process had the error.
+    """
+    failed = torch.tensor(float(error is not None), device=accelerator.device)
+    total = int(reduce_sum(accelerator, failed).item())
+    if error is not None:
+        raise error
+    if total:
+        raise RewardError(
+            f"Scoring failed on {total} other process(es); their output says why. Stopping here too."
+        )

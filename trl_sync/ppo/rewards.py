@@ -1,0 +1,187 @@
+"""Reward sources: a sequence classifier, or a Python function."""
+
+from __future__ import annotations
+
+import inspect
+import math
+from collections.abc import Callable
+from typing import Any, Protocol
+
+import torch
+from jaxtyping import Float
+from peft import PeftModel
+from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase
+
+from trl_sync.backbone.loading import load_reward_model
+from trl_sync.backbone.roles import freeze
+from trl_sync.errors import ConfigError, RewardError
+from trl_sync.ppo.batch import Rollout
+from trl_sync.ppo.prompts import check_tokenizer
+
+RewardFunction = Callable[..., list[float]]
+
+
+class RewardSource(Protocol):
+    """Scores the responses of a rollout, one finite number each, higher is better."""
+
+    name: str
+
+    def __call__(self, rollout: Rollout) -> Float[Tensor, " B"]: ...
+
+
+def reward_source(
+    reward: nn.Module | RewardFunction | str | None,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    conversational: bool,
+    batch_size: int,
+    device: torch.device,
+) -> RewardSource:
+    """A reward source from what the user gave: a model, its path or hub name, or a function.
+
+    Raises:
+        ConfigError: nothing was given, or a model that cannot score single sequences.
+    """
+    if reward is None:
+        raise ConfigError(
+            "No reward source: pass reward_model, a sequence classifier or a function "
+            "(prompts, completions, **columns) -> list of floats."
+        )
+    if isinstance(reward, str):
+        reward = load_reward_model(reward)
+    if isinstance(reward, nn.Module):
+        return ModelReward(reward, tokenizer, batch_size=batch_size, device=device)
+    if callable(reward):
+        return FunctionReward(reward, tokenizer, conversational=conversational)
+    raise ConfigError(
+        f"reward_model must be a model, a path or a function, got {type(reward).__name__}."
+    )
+
+
+class ModelReward:
+    """A frozen sequence classifier with one label and the policy's tokenizer.
+
+    Raises:
+        ConfigError: the model has several labels, no `score` head, or too few embeddings.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        batch_size: int,
+        device: torch.device,
+    ) -> None:
+        self.model = model
+        self.name = "reward model"
+        self._inner: Any = model.base_model.model if isinstance(model, PeftModel) else model
+        self._batch_size = batch_size
+        labels = getattr(self._inner.config, "num_labels", 1)
+        if labels != 1:
+            raise ConfigError(
+                f"The reward model has {labels} labels, but PPO needs one number per episode: load "
+                "it with num_labels=1, or pass a function that combines the labels."
+            )
+        if not hasattr(self._inner, "score"):
+            raise ConfigError(
+                f"The reward model {type(self._inner).__name__} has no `score` head: use an "
+                "AutoModelForSequenceClassification of a decoder model, or pass a function."
+            )
+        check_tokenizer(
+            tokenizer, self._inner.get_input_embeddings().weight.shape[0], "reward model"
+        )
+        freeze(model)
+        if not getattr(self._inner, "is_quantized", False):
+            model.to(device)
+
+    @torch.no_grad()
+    def __call__(self, rollout: Rollout) -> Float[Tensor, " B"]:
+        rows = torch.arange(len(rollout.prompts), device=rollout.prompt_ids.device)
+        return torch.cat([self._score(rollout, part) for part in rows.split(self._batch_size)])
+
+    def _score(self, rollout: Rollout, rows: Tensor) -> Float[Tensor, " B"]:
+        mask = rollout.attention_mask[rows]
+        trunk = getattr(self._inner, self._inner.base_model_prefix)
+        hidden = trunk(
+            input_ids=rollout.input_ids[rows].masked_fill(~mask, 0),
+            attention_mask=mask.long(),
+            position_ids=(mask.long().cumsum(-1) - 1).clamp(min=0),
+            use_cache=False,
+        ).last_hidden_state
+        # The classifier's own pooling looks for the padding id, which may be the stop token's.
+        last = rollout.prompt_ids.shape[1] + rollout.response_mask[rows].sum(1) - 1
+        picked = hidden[torch.arange(len(rows), device=hidden.device), last]
+        return self._inner.score(picked).squeeze(-1).float()
+
+
+class FunctionReward:
+    """A function of prompts, completions and the dataset's other columns.
+
+    It is called with keywords: `prompts` and `completions` (lists of text, or of messages for a
+    conversational dataset) and each further column it accepts. It returns one number per episode.
+    """
+
+    def __init__(
+        self,
+        function: RewardFunction,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        conversational: bool,
+    ) -> None:
+        self.name = getattr(function, "__name__", type(function).__name__)
+        self._function = function
+        self._tokenizer = tokenizer
+        self._conversational = conversational
+        parameters = inspect.signature(function).parameters.values()
+        takes_all = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters)
+        self._accepted = None if takes_all else {p.name for p in parameters}
+
+    def __call__(self, rollout: Rollout) -> Float[Tensor, " B"]:
+        texts = completion_texts(rollout, self._tokenizer)
+        completions: list[Any] = list(texts)
+        if self._conversational:
+            completions = [[{"role": "assistant", "content": text}] for text in texts]
+        columns = {
+            name: values
+            for name, values in rollout.prompts.columns.items()
+            if self._accepted is None or name in self._accepted
+        }
+        scores = self._function(prompts=rollout.prompts.prompts, completions=completions, **columns)
+        return _checked(scores, len(texts), self.name).to(rollout.prompt_ids.device)
+
+
+def completion_texts(rollout: Rollout, tokenizer: PreTrainedTokenizerBase) -> list[str]:
+    """The responses as text, without special tokens."""
+    rows = zip(rollout.response_ids, rollout.response_mask, strict=True)
+    texts: list[str] = tokenizer.batch_decode(
+        [ids[mask].tolist() for ids, mask in rows], skip_special_tokens=True
+    )
+    return texts
+
+
+def _checked(scores: Any, expected: int, name: str) -> Tensor:
+    values = scores.tolist() if isinstance(scores, Tensor) else list(scores)
+    if len(values) != expected:
+        raise RewardError(f"{name} returned {len(values)} scores for {expected} completions.")
+    for position, value in enumerate(values):
+        if not isinstance(value, (int, float)):
+            raise RewardError(
+                f"{name} returned {value!r} for completion {position}: expected a number."
+            )
+    return torch.tensor(values, dtype=torch.float32)
+
+
+def check_scores(scores: Float[Tensor, " B"], name: str) -> None:
+    """Nothing, if every score is finite.
+
+    Raises:
+        RewardError: names the first episode whose score is not.
+    """
+    for position, value in enumerate(scores.tolist()):
+        if not math.isfinite(value):
+            raise RewardError(
+                f"{name} gave episode {position} the score {value}: scores must be finite. "
+                "Training stops before this rollout changes any weight."
+            )

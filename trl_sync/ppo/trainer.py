@@ -1,0 +1,438 @@
+"""PPOTrainer: the stock Trainer with an experience loader for data and the PPO loss."""
+
+from __future__ import annotations
+
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+from datasets import Dataset
+from peft import LoraConfig, PeftModel
+from torch import Tensor, nn
+from transformers import (
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    TrainerCallback,
+    set_seed,
+)
+from transformers.trainer_callback import ProgressCallback
+from transformers.trainer_utils import EvalLoopOutput
+
+from trl_sync.backbone.roles import POLICY, VALUE, check_frozen
+from trl_sync.backbone.shared import SharedBackbone
+from trl_sync.errors import ConfigError
+from trl_sync.ppo.checkpoint import CheckpointMixin
+from trl_sync.ppo.config import BatchPlan, PPOConfig
+from trl_sync.ppo.evaluation import EvaluationLoader, evaluate_prompts
+from trl_sync.ppo.experience import EVALUATION, ExperienceLoader, reduce_sum
+from trl_sync.ppo.loss import policy_loss, value_loss
+from trl_sync.ppo.metrics import MetricBuffer
+from trl_sync.ppo.progress import PPOProgressCallback, print_completions
+from trl_sync.ppo.prompts import PromptDataset, check_tokenizer
+from trl_sync.ppo.rewards import ModelReward, RewardFunction, completion_texts, reward_source
+from trl_sync.ppo.rollout import Sampling, roll_out, seeded, stop_token_ids
+
+
+class PPOTrainer(CheckpointMixin):
+    """PPO with policy, value model and reference on one frozen base.
+
+    A `transformers.Trainer`: clipping, accumulation, schedulers, logging, evaluation, checkpoints
+    and callbacks behave as in every other one. `state.global_step` counts optimizer updates; an
+    epoch is one pass over the prompts.
+
+    - `model`: a causal LM, which becomes the shared base, or a `SharedBackbone`.
+    - `reward_model`: a sequence classifier with one label, its path, or a function
+      `(prompts, completions, **columns) -> list[float]`.
+    - `train_dataset`, `eval_dataset`: with a `prompt` column (text or messages) or `input_ids`;
+      further columns go to reward functions.
+    - `peft_config`: LoRA options of policy and value adapter, with a causal LM only.
+
+    `ref_model` must be None (the reference is the base) and `value_model` must be None (the value
+    model is an adapter on it).
+
+    Raises:
+        ConfigError: something that cannot work; nothing has been trained or written by then.
+    """
+
+    # The loss is a sum over tokens divided by the tokens of the whole mini-batch.
+    loss_is_scaled_for_ga = True
+
+    def __init__(
+        self,
+        args: PPOConfig,
+        processing_class: PreTrainedTokenizerBase,
+        model: PreTrainedModel | SharedBackbone,
+        ref_model: nn.Module | None = None,
+        reward_model: nn.Module | RewardFunction | str | None = None,
+        train_dataset: Dataset | None = None,
+        value_model: nn.Module | None = None,
+        data_collator: Any = None,
+        eval_dataset: Dataset | dict[str, Dataset] | None = None,
+        optimizers: tuple[Any, Any] = (None, None),
+        callbacks: list[TrainerCallback] | None = None,
+        peft_config: LoraConfig | None = None,
+    ) -> None:
+        _check_settings(args)
+        _check_models(model, ref_model, value_model, data_collator, peft_config)
+        _check_output_folder(Path(args.output_dir))
+        base = model.causal_model if isinstance(model, SharedBackbone) else model
+        check_tokenizer(processing_class, base.get_input_embeddings().weight.shape[0])
+        train_prompts = _prompts(train_dataset, "train_dataset", processing_class, args, base)
+        self.plan = BatchPlan.derive(args, len(train_prompts))
+        self.plan.fill_in(args)
+        # Own position: the stock one would roll out everything again, see ppo/checkpoint.py.
+        args.ignore_data_skip = True
+        rewards = reward_source(
+            reward_model,
+            processing_class,
+            conversational=train_prompts.conversational,
+            batch_size=args.local_rollout_forward_batch_size,
+            device=args.device,
+        )
+        set_seed(args.seed)  # adapters are drawn here, alike on every rank
+        if not isinstance(model, SharedBackbone):
+            model = SharedBackbone(model, peft_config)
+        self.backbone = model
+        self.rewards = rewards
+        self.sampling = Sampling(
+            response_length=args.response_length,
+            temperature=args.temperature,
+            stop_token_ids=stop_token_ids(args, processing_class, base),
+        )
+        self._train_started_s = time.perf_counter()
+        self._first_step = 0
+        super().__init__(
+            model=model,
+            args=args,
+            train_dataset=train_prompts,
+            eval_dataset=_eval_prompts(eval_dataset, processing_class, args, base),
+            processing_class=processing_class,
+            callbacks=callbacks,
+            optimizers=optimizers,
+        )
+        self.metrics = MetricBuffer(lambda tensor: reduce_sum(self.accelerator, tensor))
+        self._check_roles()
+        self._set_up_callbacks()
+
+    @property
+    def reward_model(self) -> Any:
+        """The reward model, or the reward source if it is not a model."""
+        return self.rewards.model if isinstance(self.rewards, ModelReward) else self.rewards
+
+    @property
+    def stop_token_id(self) -> int | None:
+        """The first of the tokens that end a response."""
+        return next(iter(self.sampling.stop_token_ids), None)
+
+    @property
+    def episodes(self) -> int:
+        """Episodes whose updates are done or under way."""
+        iterations = -(-self.state.global_step // self.plan.updates_per_iteration)
+        return iterations * self.plan.batch_size
+
+    def get_train_dataloader(self) -> ExperienceLoader:
+        """Micro-batches of experience; iterating over it rolls out."""
+        return ExperienceLoader(
+            config=self.args,
+            plan=self.plan,
+            prompts=self.train_dataset,
+            model=self.backbone,
+            rewards=self.rewards,
+            sampling=self.sampling,
+            accelerator=self.accelerator,
+            first_iteration=self._iterations_done_in_epoch,
+            on_metrics=self.metrics.add_rollout,
+        )
+
+    def get_eval_dataloader(self, eval_dataset: Any = None) -> EvaluationLoader:
+        """Batches of evaluation prompts of this process."""
+        if isinstance(eval_dataset, str):
+            eval_dataset = self.eval_dataset[eval_dataset]
+        elif eval_dataset is None:
+            eval_dataset = self.eval_dataset
+        if eval_dataset is None:
+            raise ConfigError("There is nothing to evaluate on: pass eval_dataset.")
+        if not isinstance(eval_dataset, PromptDataset):
+            eval_dataset = _prompts(
+                eval_dataset,
+                "eval_dataset",
+                self.processing_class,
+                self.args,
+                self.backbone.causal_model,
+            )
+        return EvaluationLoader(
+            eval_dataset,
+            batch_size=self.args.eval_batch_size,
+            rank=self.accelerator.process_index,
+            ranks=self.accelerator.num_processes,
+        )
+
+    def evaluation_loop(
+        self,
+        dataloader: EvaluationLoader,
+        description: str,
+        prediction_loss_only: bool | None = None,
+        ignore_keys: Any = None,
+        metric_key_prefix: str = "eval",
+    ) -> EvalLoopOutput:
+        """Rolls out on the evaluation prompts, sampling as in training; means over all of them.
+
+        The same prompts get the same random numbers at every evaluation.
+        """
+        self.backbone.eval()
+        device, rank = self.accelerator.device, self.accelerator.process_index
+        with seeded(device, self.args.seed, EVALUATION, rank), self.accelerator.autocast():
+            metrics = evaluate_prompts(
+                self.backbone,
+                dataloader,
+                self.rewards,
+                self.sampling,
+                config=self.args,
+                accelerator=self.accelerator,
+            )
+        prefixed = {f"{metric_key_prefix}_{name}": value for name, value in metrics.items()}
+        return EvalLoopOutput(
+            predictions=None,
+            label_ids=None,
+            metrics=prefixed,
+            num_samples=len(dataloader.dataset),
+        )
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Tensor],
+        return_outputs: bool = False,
+        num_items_in_batch: Any = None,
+    ) -> Any:
+        """The PPO loss of one micro-batch, as its share of the global mini-batch's loss."""
+        mask = inputs["response_mask"]
+        outputs = model(
+            inputs["input_ids"],
+            inputs["attention_mask"],
+            mask,
+            roles=(POLICY, VALUE),
+            temperature=self.args.temperature,
+        )
+        denominator = inputs["loss_denominator"]
+        of_policy, policy_statistics = policy_loss(
+            outputs[POLICY]["logprobs"],
+            inputs["old_logprobs"],
+            inputs["advantages"],
+            mask,
+            cliprange=self.args.cliprange,
+            denominator=denominator,
+        )
+        of_value, value_statistics = value_loss(
+            outputs[VALUE]["values"],
+            inputs["old_values"],
+            inputs["returns"],
+            mask,
+            cliprange_value=self.args.cliprange_value,
+            denominator=denominator,
+        )
+        entropy = {"entropy": outputs[POLICY]["entropies"].detach().sum()}
+        self.metrics.add_micro_batch(policy_statistics | value_statistics | entropy)
+        # Every engine averages gradients over the processes; the denominator counts all of them.
+        loss = (of_policy + self.args.vf_coef * of_value) * self.plan.world_size
+        return (loss, outputs) if return_outputs else loss
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Adds what PPO measured since the last training log line."""
+        if "loss" in logs:
+            elapsed_s = max(time.perf_counter() - self._train_started_s, 1e-9)
+            steps = self.state.global_step - self._first_step
+            done = steps / self.plan.updates_per_iteration * self.plan.batch_size
+            logs |= self.metrics.drain()
+            logs |= {
+                "eps": done / elapsed_s,
+                "lr": logs["learning_rate"],
+                "episode": self.episodes,
+            }
+        super().log(logs, start_time)
+
+    def generate_completions(self, sampling: bool = False) -> dict[str, list[Any]]:
+        """Greedy answers to the evaluation prompts with their scores, printed by the main process.
+
+        With `sampling` only the first batch, as during training. Returns the columns of the table
+        (`query`, `model response`, `score`) on every process, for that process's prompts.
+        """
+        columns: dict[str, list[Any]] = {"query": [], "model response": [], "score": []}
+        greedy = Sampling(
+            response_length=self.args.response_length,
+            temperature=self.args.temperature,
+            stop_token_ids=self.sampling.stop_token_ids,
+            greedy=True,
+        )
+        self.backbone.eval()
+        for batch in self.get_eval_dataloader():
+            with self.accelerator.autocast():
+                rollout = roll_out(
+                    self.backbone,
+                    batch.prompts,
+                    greedy,
+                    batch_size=self.args.local_rollout_forward_batch_size,
+                    device=self.accelerator.device,
+                )
+                scores = self.rewards(rollout).tolist()
+            columns["query"] += self.processing_class.batch_decode(
+                batch.prompts.token_ids, skip_special_tokens=True
+            )
+            columns["model response"] += completion_texts(rollout, self.processing_class)
+            columns["score"] += scores
+            if sampling:
+                break
+        if self.is_world_process_zero():
+            print_completions(columns, title=f"step {self.state.global_step}")
+        return columns
+
+    def _iterations_done_in_epoch(self) -> int:
+        done = self.state.global_step % self.plan.updates_per_epoch
+        return done // self.plan.updates_per_iteration
+
+    def _check_roles(self) -> None:
+        """The reward model is frozen and outside the optimizer, the reference never trains."""
+        self.backbone.check_roles()
+        if isinstance(self.rewards, ModelReward):
+            trained = [p for p in self.backbone.parameters() if p.requires_grad]
+            check_frozen("reward model", self.rewards.model, trained)
+
+    def _set_up_callbacks(self) -> None:
+        if self.pop_callback(ProgressCallback) is not None:
+            self.add_callback(PPOProgressCallback())
+        # First, so that every other callback sees the epoch as it is.
+        self.callback_handler.callbacks.insert(0, _UpdateCallback(self))
+
+
+class _UpdateCallback(TrainerCallback):
+    """Closes each optimizer update: its metrics, the epoch, and now and then completions."""
+
+    def __init__(self, trainer: PPOTrainer) -> None:
+        self._trainer = trainer
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._trainer._train_started_s = time.perf_counter()
+        self._trainer._first_step = state.global_step
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._trainer.metrics.end_update()
+        plan = self._trainer.plan
+        # The stock loop counts from the beginning of the epoch, also after resuming inside it.
+        state.epoch = state.global_step / plan.updates_per_epoch
+        every = max(1, plan.num_iterations // max(1, args.num_sample_generations))
+        wanted = args.num_sample_generations and self._trainer.eval_dataset is not None
+        iterations, inside = divmod(state.global_step, plan.updates_per_iteration)
+        if wanted and not inside and iterations % every == 0:
+            self._trainer.generate_completions(sampling=True)
+
+
+def _check_settings(args: PPOConfig) -> None:
+    if not isinstance(args, PPOConfig):
+        raise ConfigError(
+            f"args must be a trl_sync.PPOConfig, got {type(args).__module__}.{type(args).__name__}."
+        )
+    refused = {
+        "use_vllm": "rollouts use transformers' generate. Set use_vllm=False",
+        "torch_compile": "it would trace the adapter routing once and keep it. Set it to False",
+        "auto_find_batch_size": "the rollout batch follows from it. Set the batch sizes by hand",
+        "use_liger_kernel": "it replaces the loss of the causal LM, which PPO does not use",
+        "neftune_noise_alpha": "noise in the embeddings would make old and new ratios differ",
+        "label_smoothing_factor": "PPO has no labels",
+    }
+    for name, reason in refused.items():
+        if getattr(args, name, None):
+            raise ConfigError(
+                f"{name}={getattr(args, name)} does not work with PPO here: {reason}."
+            )
+    for name, own in (("model_adapter_name", POLICY), ("ref_adapter_name", "reference")):
+        if getattr(args, name) not in (None, own):
+            raise ConfigError(
+                f"{name}={getattr(args, name)!r} is not supported: on a shared backbone that "
+                f"adapter is called {own!r}. Leave {name} unset."
+            )
+    if args.n_gpu > 1:
+        raise ConfigError(
+            f"This process sees {args.n_gpu} GPUs and would use nn.DataParallel, which splits a "
+            "stacked batch in the wrong places. Start it with `accelerate launch`, or hide the "
+            "others with CUDA_VISIBLE_DEVICES=0."
+        )
+
+
+def _check_models(
+    model: Any, ref_model: Any, value_model: Any, data_collator: Any, peft_config: Any
+) -> None:
+    if ref_model is not None and ref_model is model:
+        raise ConfigError(
+            "model and ref_model are the same object: the reference would train with the policy. "
+            "Pass ref_model=None: the frozen base is the reference."
+        )
+    given = {"ref_model": ref_model, "value_model": value_model}
+    for name, value in given.items():
+        if value is not None:
+            raise ConfigError(
+                f"{name} was given, but on a shared backbone that role is a view of the base. Pass "
+                f"{name}=None."
+            )
+    if data_collator is not None:
+        raise ConfigError("data_collator is not used: prompts are padded here. Leave it out.")
+    if isinstance(model, SharedBackbone):
+        if peft_config is not None:
+            raise ConfigError(
+                "peft_config was given with a SharedBackbone, which has its adapters already: give "
+                "it to the SharedBackbone instead."
+            )
+    elif isinstance(model, PeftModel) or getattr(model, "peft_config", None):
+        raise ConfigError(
+            "The model already has adapters"
+            + (", and peft_config would add others on top" if peft_config is not None else "")
+            + ". Load base and SFT adapter with trl_sync.backbone.load_shared_backbone."
+        )
+    elif not isinstance(model, PreTrainedModel):
+        raise ConfigError(
+            f"model must be a causal LM or a SharedBackbone, got {type(model).__name__}."
+        )
+
+
+def _check_output_folder(folder: Path) -> None:
+    """Raises a ConfigError unless files can be created in `folder`; leaves nothing behind."""
+    existing = folder
+    while not existing.exists() and existing != existing.parent:
+        existing = existing.parent
+    try:
+        with tempfile.TemporaryFile(dir=existing):
+            pass
+    except OSError as error:
+        raise ConfigError(f"output_dir {folder} is not writable: {error}.") from error
+
+
+def _prompts(
+    dataset: Any,
+    name: str,
+    tokenizer: PreTrainedTokenizerBase,
+    args: PPOConfig,
+    base: PreTrainedModel,
+) -> PromptDataset:
+    if dataset is None:
+        raise ConfigError(f"{name} is missing: PPO needs prompts.")
+    context = getattr(base.config, "max_position_embeddings", None)
+    return PromptDataset(
+        dataset,
+        tokenizer,
+        max_prompt_tokens=None if context is None else context - args.response_length,
+        response_length=args.response_length,
+        num_proc=args.dataset_num_proc,
+    )
+
+
+def _eval_prompts(
+    dataset: Any, tokenizer: PreTrainedTokenizerBase, args: PPOConfig, base: PreTrainedModel
+) -> Any:
+    if dataset is None:
+        return None
+    if isinstance(dataset, dict):
+        return {
+            name: _prompts(part, f"eval_dataset[{name!r}]", tokenizer, args, base)
+            for name, part in dataset.items()
+        }
+    return _prompts(dataset, "eval_dataset", tokenizer, args, base)
