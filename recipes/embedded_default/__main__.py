@@ -44,7 +44,9 @@ def build_into(folder: Path, profile: Profile, seed: int) -> None:
     with _phase(f"3/4: language model from {len(corpus.reviews)} reviews"):
         train_language_model(corpus.reviews, tokenizer, model_path, seed)
     with _phase(f"4/4: reward model from {len(corpus.pairs)} pairs"):
-        train_reward_model(corpus.pairs, tokenizer, model_path, reward_model_path, seed)
+        train_reward_model(
+            corpus.pairs, tokenizer, corpus.reviews[:1024], model_path, reward_model_path, seed
+        )
 
 
 @contextmanager

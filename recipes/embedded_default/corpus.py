@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from random import Random
 
-from .grammar import REVIEWS, Prompt, draw_completion, draw_stance, prompts
+from .grammar import REVIEWS, STANCES, Prompt, draw_completion, draw_stance, prompts
 from .verdict import judge
 
 NUM_EVAL_PROMPTS = 256
@@ -47,10 +47,14 @@ def draw_review(prompt: Prompt, random: Random) -> dict[str, str]:
 def draw_pair(prompt: Prompt, random: Random) -> dict[str, str | float]:
     """Two reviews of one thing as RewardTrainer reads them, the one the judge prefers as chosen.
 
-    The two stances are often the same, so that pairs of every gap occur.
+    In a third of the pairs both reviewers share a stance, each stance as often as the next: else
+    hardly any pair would teach which of two delighted reviews is the better one.
     """
     while True:
-        first, second = (draw_review(prompt, random)["completion"] for _ in range(2))
+        stances = [random.choice(STANCES)] * 2
+        if random.random() < 2 / 3:
+            stances = [draw_stance(random), draw_stance(random)]
+        first, second = (draw_completion(REVIEWS, prompt, stance, random) for stance in stances)
         gap = judge(prompt.text + first).score - judge(prompt.text + second).score
         if abs(gap) >= LEAST_GAP:
             chosen, rejected = (first, second) if gap > 0 else (second, first)

@@ -198,7 +198,8 @@ def _pattern(grammar: Grammar) -> re.Pattern[str]:
 
     def clause(name: str) -> str:
         opinions = "|".join(
-            _any(f"{adverb} " if adverb else "" for adverb in words.adverbs(grade)) + _any(adjectives)
+            _any(f"{adverb} " if adverb else "" for adverb in words.adverbs(grade))
+            + _any(adjectives)
             for grade, adjectives in grammar.adjectives.items()
         )
         return f" {_any(grammar.verbs)} (?P<{name}>{opinions}){_any(grammar.times)}"

@@ -5,8 +5,8 @@ from collections.abc import Iterable
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-# Fourteen blocks of 64: the 256 bytes, and nearly every word of the reviews in one token.
-VOCABULARY_SIZE = 896
+# Thirteen blocks of 64: the 256 bytes, and nearly every word of the reviews in one token.
+VOCABULARY_SIZE = 832
 MAX_LENGTH_TOKENS = 256
 PAD, END = "<|pad|>", "<|end|>"
 

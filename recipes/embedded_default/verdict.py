@@ -9,8 +9,8 @@ from . import words
 
 Label = Literal["positive", "negative", "neutral"]
 
-# From this score on a verdict is strong: most opinions then have the outer grades.
-STRONG_SCORE = 0.6
+# From this score on a verdict is strong: two opinions of three then have an outer grade.
+STRONG_SCORE = 0.65
 # Opinions that nearly cancel out are a neutral review.
 NEUTRAL_SCORE = 0.05
 
@@ -94,7 +94,9 @@ def _modified(weight: float, before: tuple[str, ...]) -> float:
 @cache
 def _opinions() -> dict[tuple[str, ...], float]:
     """Every opinion the judge knows, as a tuple of words, with its weight."""
-    known = {(word,): weight for word, weight in OTHER_OPINIONS.items()}
+    known: dict[tuple[str, ...], float] = {
+        (word,): weight for word, weight in OTHER_OPINIONS.items()
+    }
     for table in (words.ADJECTIVES, words.CLOSERS):
         for grade, phrases in table.items():
             known.update({tuple(phrase.split()): grade.value for phrase in phrases})

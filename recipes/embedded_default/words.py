@@ -78,7 +78,8 @@ FREE_LINKS = (". The", "; the")
 AGREEING_LINKS = (", and the", ", and also the")
 CONTRASTING_LINKS = (", but the", ", although the")
 SUBJECTS = (
-    "I", "We", "My sister", "My neighbour", "Our friends", "Everyone", "My colleagues", "Our guests",
+    "I", "We", "My sister", "My neighbour", "Our friends", "Everyone", "My colleagues",
+    "Our guests",
 )  # fmt: skip
 
 ADJECTIVES: Mapping[Grade, tuple[str, ...]] = {

@@ -25,10 +25,18 @@ def base_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
             for key, value in sorted(state.as_dict().items()):
                 if isinstance(value, Tensor):
                     yield f"{plain}.{key}", value
-        # 8-bit layers keep the row scales beside the weight instead.
+            # as_dict() gives the offset of double quantization as a number.
+            if isinstance(getattr(state, "offset", None), Tensor):
+                yield f"{plain}.nested_offset", state.offset
+        # 8-bit layers keep the row scales beside the weight, and from their first forward on ...
         scales = getattr(parameter, "SCB", None)
         if isinstance(scales, Tensor):
             yield f"{plain}.SCB", scales
+    for name, module in model.named_modules():
+        # ... in a state of their own.
+        scales = getattr(getattr(module, "state", None), "SCB", None)
+        if isinstance(scales, Tensor):
+            yield f"{name.replace('.base_layer', '')}.weight.SCB", scales
     for name, buffer in model.named_buffers():
         if "lora_" not in name:
             yield name.replace(".base_layer", ""), buffer

@@ -23,7 +23,7 @@ from transformers import (
 from trl_sync.backbone.export import ADAPTER_WEIGHTS
 from trl_sync.backbone.roles import POLICY, REFERENCE, VALUE, freeze
 from trl_sync.backbone.routing import set_adapter_trainable
-from trl_sync.backbone.shared import SharedBackbone, default_lora_config
+from trl_sync.backbone.shared import SharedBackbone, default_lora_config, keep_packed_weights
 from trl_sync.errors import ConfigError
 
 ADAPTER_CONFIG = "adapter_config.json"
@@ -57,7 +57,7 @@ def load_base(
         return auto_class.from_pretrained(model_name_or_path, **options)
     device = PartialState().device
     try:
-        return auto_class.from_pretrained(
+        model = auto_class.from_pretrained(
             model_name_or_path,
             quantization_config=quantization_config,
             device_map={"": device},
@@ -68,6 +68,8 @@ def load_base(
             f"{model_name_or_path} cannot be loaded with {_describe(quantization_config)} on "
             f"{device.type}: {error}. Load it without quantization."
         ) from error
+    keep_packed_weights(model)
+    return model
 
 
 def load_shared_backbone(

@@ -126,7 +126,7 @@ def chunked_token_statistics(
     if hidden.shape[0] <= chunk_tokens:
         return statistics(hidden, tokens)
     step: Callable[..., tuple[Tensor, Tensor]] = statistics
-    if torch.is_grad_enabled() and hidden.requires_grad:
+    if torch.is_grad_enabled():
         contexts = {} if context_fn is None else {"context_fn": context_fn}
         step = functools.partial(checkpoint, statistics, use_reentrant=False, **contexts)
     parts = [

@@ -159,7 +159,12 @@ def _update(layer: Any, adapter: str | None, source: Tensor) -> Tensor:
     """The low-rank update of one adapter for one slice: `scaling * B(A(dropout(x)))`."""
     scaling: float = layer.scaling[adapter]
     if adapter in layer.lora_embedding_A:
-        rows = functional.embedding(source, layer.lora_embedding_A[adapter].T)
+        base = layer.get_base_layer()
+        rows = functional.embedding(
+            source, layer.lora_embedding_A[adapter].T, padding_idx=base.padding_idx
+        )
+        # Some embeddings multiply their rows, which the low-rank update must follow.
+        scaling = scaling * getattr(base, "embed_scale", 1.0)
         return rows @ layer.lora_embedding_B[adapter].T * scaling
     down, up = layer.lora_A[adapter], layer.lora_B[adapter]
     if not torch.is_autocast_enabled(source.device.type):

@@ -44,8 +44,8 @@ class SharedBackbone(nn.Module):
     The base stays in evaluation mode: its own dropout never runs. LoRA dropout follows `train()`.
 
     Raises:
-        ConfigError: the model already has adapters, its LM head is unknown, or the LoRA options
-            are not supported by the routing.
+        ConfigError: the model already has adapters, its LM head is unknown, the LoRA options are
+            not supported by the routing, or its 4-bit weights were repacked for inference.
     """
 
     def __init__(
@@ -68,6 +68,7 @@ class SharedBackbone(nn.Module):
         value_peft_config = value_peft_config or _without_output_embeddings(model, peft_config)
         for config in (peft_config, value_peft_config):
             check_lora_config(config)
+        keep_packed_weights(model)
         self.logprob_chunk_bytes = logprob_chunk_bytes
         self._head = CausalHead(model)
         model.eval()
@@ -100,10 +101,6 @@ class SharedBackbone(nn.Module):
     @property
     def config(self) -> Any:
         return self.causal_model.config
-
-    @property
-    def is_quantized(self) -> bool:
-        return bool(getattr(self.causal_model, "is_quantized", False))
 
     @property
     def _no_split_modules(self) -> Any:
@@ -154,9 +151,13 @@ class SharedBackbone(nn.Module):
         """The older name of `activation_checkpointing_enable`."""
         self.activation_checkpointing_enable(gradient_checkpointing_kwargs, **kwargs)
 
-    def gradient_checkpointing_disable(self) -> None:
+    def activation_checkpointing_disable(self) -> None:
         """Keep activations instead of recomputing them."""
-        self.causal_model.gradient_checkpointing_disable()
+        self.causal_model.activation_checkpointing_disable()
+
+    def gradient_checkpointing_disable(self) -> None:
+        """The older name of `activation_checkpointing_disable`."""
+        self.activation_checkpointing_disable()
 
     def forward(
         self,
@@ -198,10 +199,12 @@ class SharedBackbone(nn.Module):
     ) -> Int[Tensor, "B T"]:
         """Prompts with a continuation of `role`, sampled exactly as `generation_config` says.
 
+        Runs in evaluation mode: checkpointed layers in training mode would drop the cache.
         Nothing is inherited from the model's own generation config: a repetition penalty stored
         there would make the sampling distribution differ from the one PPO takes gradients of.
         """
         with (
+            _evaluation_mode(self),
             self.router.routes(self.roles[role].adapter),
             _own_generation_config(self.causal_model, generation_config),
         ):
@@ -302,6 +305,26 @@ class SharedBackbone(nn.Module):
                         setattr(module, name, 0.0)
 
 
+def keep_packed_weights(model: nn.Module) -> None:
+    """Switches off that bitsandbytes repacks 4-bit weights in place for inference.
+
+    On CPUs with AVX512-BF16 the first forward in evaluation mode without gradients would round the
+    scales of the frozen base to bf16, and later backward passes would not go through the layer.
+
+    Raises:
+        ConfigError: it has happened already.
+    """
+    for name, module in model.named_modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            state = getattr(module.weight, "quant_state", None)
+            if getattr(state, "packing_format_for_cpu", False):
+                raise ConfigError(
+                    f"{name} cannot be trained through: bitsandbytes repacked its 4-bit weights "
+                    "when the model ran in evaluation mode on this CPU. Load the model anew."
+                )
+            module.support_avx512bf16_for_cpu = False
+
+
 def default_lora_config() -> LoraConfig:
     """LoRA of rank 16 on every linear layer but the LM head, without dropout."""
     return LoraConfig(r=16, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM")
@@ -327,7 +350,23 @@ def _without_output_embeddings(model: PreTrainedModel, config: LoraConfig) -> Lo
             name.rpartition(".")[2] for name, module in model.named_modules() if module is head
         }
         config.target_modules = set(targets) - names
+        if not config.target_modules:
+            raise ConfigError(
+                "peft_config targets the LM head alone, which the value model does not have: name "
+                "more target_modules, or pass value_peft_config."
+            )
     return config
+
+
+@contextlib.contextmanager
+def _evaluation_mode(module: nn.Module) -> Iterator[None]:
+    """Within the block `module` is in evaluation mode."""
+    training = module.training
+    module.train(False)
+    try:
+        yield
+    finally:
+        module.train(training)
 
 
 @contextlib.contextmanager

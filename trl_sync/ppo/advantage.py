@@ -104,7 +104,7 @@ def whiten(
     shift_mean: bool = True,
     reduce_sum: ReduceSum = _one_process,
 ) -> Float[Tensor, "B R"]:
-    """`values` with variance 1 over the counted tokens of all processes, and mean 0 if `shift_mean`.
+    """`values` with variance 1 over the counted tokens of all processes; mean 0 if `shift_mean`.
 
     (x - mean) / sqrt(var + 1e-8); without `shift_mean` the mean is added back.
     """

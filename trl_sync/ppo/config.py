@@ -17,9 +17,10 @@ from trl_sync.errors import ConfigError
 class PPOConfig(TrainingArguments):
     """The settings of PPO: the fields and defaults of TRL 1.12's `PPOConfig`.
 
-    Every field of `transformers.TrainingArguments` is there too. Different from TRL: `bf16` defaults
-    to True only where the device computes bfloat16 natively, so `PPOConfig()` constructs on any
-    machine; and `bf16`, `gradient_checkpointing`, `max_grad_norm`, evaluation and saving take effect.
+    Every field of `transformers.TrainingArguments` is there too. Different from TRL: `bf16`
+    defaults to True only where the device computes bfloat16 natively, so `PPOConfig()` constructs
+    on any machine; and `bf16`, `gradient_checkpointing`, `max_grad_norm`, evaluation and saving
+    take effect.
 
     `per_device_train_batch_size` is the size of a micro-batch; `gradient_accumulation_steps` counts
     the micro-batches of one rollout batch, as in TRL. The stock training loop accumulates over one
@@ -164,6 +165,13 @@ class PPOConfig(TrainingArguments):
             # Every trainable parameter takes part in every pass.
             self.ddp_find_unused_parameters = False
         super().__post_init__()
+        _check_world_size(self, self._given_world_size)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The fields as plain data; `PPOConfig(**config.to_dict())` is a copy."""
+        fields: dict[str, Any] = super().to_dict()
+        # transformers takes every name that ends in `_token` for a secret and hides its value.
+        return fields | {"stop_token": self.stop_token}
 
     def _split_accumulation(self) -> None:
         """Divides the accumulation by the mini-batches, once, also when a copy is made."""
@@ -193,18 +201,25 @@ def _world_size(self: PPOConfig) -> int:
     return int(TrainingArguments.world_size.fget(self))
 
 
-def _refuse_world_size(self: PPOConfig, value: Any) -> None:
-    # TRL's field is filled in by its trainer; here it is always the launcher's number.
-    if value is not None and not isinstance(value, property) and value != _world_size(self):
+def _set_world_size(self: PPOConfig, value: Any) -> None:
+    # TRL's field is filled in by its trainer; here it is always the launcher's number, which the
+    # constructor knows only at its end.
+    self._given_world_size = value
+    if hasattr(self, "distributed_state"):
+        _check_world_size(self, value)
+
+
+def _check_world_size(config: PPOConfig, value: Any) -> None:
+    if value is not None and value != config.world_size:
         raise ConfigError(
-            f"world_size={value} was given, but the launcher started {_world_size(self)} "
+            f"world_size={value} was given, but the launcher started {config.world_size} "
             "processes: set the number with accelerate launch --num_processes."
         )
 
 
-# The dataclass above made `world_size` an argument of the constructor, as in TRL; as an attribute it
-# stays what transformers computes.
-PPOConfig.world_size = property(_world_size, _refuse_world_size)  # type: ignore[assignment]
+# The dataclass above made `world_size` an argument of the constructor, as in TRL; as an attribute
+# it stays what transformers computes.
+PPOConfig.world_size = property(_world_size, _set_world_size)  # type: ignore[assignment]
 
 
 def _computes_bf16_natively(use_cpu: bool) -> bool:
@@ -281,8 +296,8 @@ class BatchPlan:
         if config.max_steps > 0:
             if config.max_steps % updates:
                 raise ConfigError(
-                    f"max_steps={config.max_steps} counts optimizer updates and would end inside an "
-                    f"iteration of {updates} (num_ppo_epochs x num_mini_batches): use a multiple."
+                    f"max_steps={config.max_steps} counts optimizer updates and would end inside "
+                    f"an iteration of {updates} (num_ppo_epochs x num_mini_batches): use a multiple."
                 )
             num_iterations = config.max_steps // updates
         elif config.total_episodes is not None:

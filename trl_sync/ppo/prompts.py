@@ -23,7 +23,8 @@ class PromptDataset:
     `input_ids` column. `max_prompt_tokens` is what the model's context leaves besides the response.
 
     Raises:
-        ConfigError: no such column, no rows, an empty prompt, or one that is too long.
+        ConfigError: no such column, no rows, messages without a chat template, or a prompt that is
+            empty, too long, padded or of another kind.
     """
 
     def __init__(
@@ -36,11 +37,22 @@ class PromptDataset:
         num_proc: int | None = None,
     ) -> None:
         _check_kind(dataset)
+        dataset = dataset.with_format(None)  # plain lists, whatever format the user set
         self._prompt_column = "prompt" if "prompt" in dataset.column_names else "input_ids"
         self.conversational = self._prompt_column == "prompt" and is_conversational(dataset[0])
+        if self.conversational and tokenizer.chat_template is None:
+            raise ConfigError(
+                "The prompts are messages, but the tokenizer has no chat template: set "
+                "tokenizer.chat_template, or pass prompts as text."
+            )
         self._tokenizer = tokenizer
+        self._largest_id = max(tokenizer.get_vocab().values(), default=0)
         self._dataset = dataset.map(
-            self._tokenize, num_proc=num_proc, desc="Tokenizing prompts", load_from_cache_file=False
+            self._tokenize,
+            with_indices=True,
+            num_proc=num_proc,
+            desc="Tokenizing prompts",
+            load_from_cache_file=False,
         )
         lengths = [len(tokens) for tokens in self._dataset[_TOKENS]]
         _check_lengths(lengths, max_prompt_tokens, response_length)
@@ -57,12 +69,16 @@ class PromptDataset:
             prompts = self._tokenizer.batch_decode(token_ids, skip_special_tokens=True)
         return PromptBatch(prompts=prompts, token_ids=token_ids, columns=rows)
 
-    def _tokenize(self, row: dict[str, Any]) -> dict[str, list[int]]:
+    def _tokenize(self, row: dict[str, Any], index: int) -> dict[str, list[int]]:
         prompt = row[self._prompt_column]
         if self._prompt_column == "input_ids":
-            return {_TOKENS: list(prompt)}
+            _check_prompt(index, prompt, list, "a list of token ids")
+            _check_token_ids(index, prompt, self._tokenizer, self._largest_id)
+            return {_TOKENS: prompt}
         if not self.conversational:
+            _check_prompt(index, prompt, str, "text")
             return {_TOKENS: list(self._tokenizer(prompt)["input_ids"])}
+        _check_prompt(index, prompt or None, list, "a list of messages")
         text = apply_chat_template({"prompt": prompt}, self._tokenizer)["prompt"]
         # The template writes the special tokens itself.
         return {_TOKENS: list(self._tokenizer(text, add_special_tokens=False)["input_ids"])}
@@ -76,8 +92,8 @@ def _check_kind(dataset: Any) -> None:
         )
     if not isinstance(dataset, Dataset):
         raise ConfigError(
-            f"Expected a datasets.Dataset, got {type(dataset).__name__}: choose one split, or build "
-            "one with datasets.Dataset.from_list."
+            f"Expected a datasets.Dataset, got {type(dataset).__name__}: choose one split, or "
+            "build one with datasets.Dataset.from_list."
         )
     if len(dataset) == 0:
         raise ConfigError("The dataset is empty: PPO needs at least one rollout batch of prompts.")
@@ -86,6 +102,32 @@ def _check_kind(dataset: Any) -> None:
             f"The dataset has the columns {dataset.column_names}, but PPO needs a column `prompt` "
             "(text or messages) or `input_ids` (tokens). Rename one: dataset.rename_column(old, "
             "'prompt')."
+        )
+
+
+def _check_prompt(index: int, prompt: Any, kind: type, expected: str) -> None:
+    if not isinstance(prompt, kind):
+        raise ConfigError(
+            f"Prompt {index} is {str(prompt)[:60]!r} of type {type(prompt).__name__}, expected "
+            f"{expected}: make every row alike, or remove those without a prompt."
+        )
+
+
+def _check_token_ids(
+    index: int, ids: list[Any], tokenizer: PreTrainedTokenizerBase, largest_id: int
+) -> None:
+    wrong = [i for i in ids if not isinstance(i, int) or not 0 <= i <= largest_id]
+    if wrong:
+        raise ConfigError(
+            f"Prompt {index} has the token id {wrong[0]!r} in `input_ids`, expected whole numbers "
+            f"from 0 to {largest_id}: tokenize the prompts with the tokenizer given here."
+        )
+    others = (tokenizer.eos_token_id, tokenizer.bos_token_id, tokenizer.unk_token_id)
+    pad = tokenizer.pad_token_id
+    if ids and pad is not None and pad not in others and pad in (ids[0], ids[-1]):
+        raise ConfigError(
+            f"Prompt {index} is padded with {tokenizer.pad_token!r} (id {pad}): every token of "
+            "`input_ids` counts as part of the prompt. Tokenize with padding=False."
         )
 
 
@@ -98,8 +140,8 @@ def _check_lengths(lengths: list[int], max_prompt_tokens: int | None, response_l
     if max_prompt_tokens is not None and max(lengths) > max_prompt_tokens:
         raise ConfigError(
             f"Prompt {lengths.index(max(lengths))} has {max(lengths)} tokens. With response_length="
-            f"{response_length} the model's context leaves {max_prompt_tokens}: filter long prompts "
-            "or lower response_length."
+            f"{response_length} the model's context leaves {max_prompt_tokens}: filter long "
+            "prompts or lower response_length."
         )
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, Protocol
 
 import torch
@@ -20,6 +20,8 @@ from trl_sync.ppo.batch import Rollout
 from trl_sync.ppo.prompts import check_tokenizer
 
 RewardFunction = Callable[..., list[float]]
+
+_OWN_KEYWORDS = ("prompts", "completions")
 
 
 class RewardSource(Protocol):
@@ -78,16 +80,16 @@ class ModelReward:
         self.name = "reward model"
         self._inner: Any = model.base_model.model if isinstance(model, PeftModel) else model
         self._batch_size = batch_size
+        if not hasattr(self._inner, "score"):
+            raise ConfigError(
+                f"The reward model {type(self._inner).__name__} has no `score` head: use an "
+                "AutoModelForSequenceClassification of a decoder model, or pass a function."
+            )
         labels = getattr(self._inner.config, "num_labels", 1)
         if labels != 1:
             raise ConfigError(
                 f"The reward model has {labels} labels, but PPO needs one number per episode: load "
                 "it with num_labels=1, or pass a function that combines the labels."
-            )
-        if not hasattr(self._inner, "score"):
-            raise ConfigError(
-                f"The reward model {type(self._inner).__name__} has no `score` head: use an "
-                "AutoModelForSequenceClassification of a decoder model, or pass a function."
             )
         check_tokenizer(
             tokenizer, self._inner.get_input_embeddings().weight.shape[0], "reward model"
@@ -120,7 +122,9 @@ class FunctionReward:
     """A function of prompts, completions and the dataset's other columns.
 
     It is called with keywords: `prompts` and `completions` (lists of text, or of messages for a
-    conversational dataset) and each further column it accepts. It returns one number per episode.
+    conversational dataset) and each further column it accepts; all of them if it takes `**kwargs`
+    or has no signature to read. Columns called `prompts` or `completions` are not passed. It
+    returns one number per episode: a list, a tensor or an array.
     """
 
     def __init__(
@@ -134,9 +138,7 @@ class FunctionReward:
         self._function = function
         self._tokenizer = tokenizer
         self._conversational = conversational
-        parameters = inspect.signature(function).parameters.values()
-        takes_all = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters)
-        self._accepted = None if takes_all else {p.name for p in parameters}
+        self._accepted = _keywords(function)
 
     def __call__(self, rollout: Rollout) -> Float[Tensor, " B"]:
         texts = completion_texts(rollout, self._tokenizer)
@@ -146,7 +148,7 @@ class FunctionReward:
         columns = {
             name: values
             for name, values in rollout.prompts.columns.items()
-            if self._accepted is None or name in self._accepted
+            if (self._accepted is None or name in self._accepted) and name not in _OWN_KEYWORDS
         }
         scores = self._function(prompts=rollout.prompts.prompts, completions=completions, **columns)
         return _checked(scores, len(texts), self.name).to(rollout.prompt_ids.device)
@@ -161,8 +163,24 @@ def completion_texts(rollout: Rollout, tokenizer: PreTrainedTokenizerBase) -> li
     return texts
 
 
+def _keywords(function: RewardFunction) -> set[str] | None:
+    """The keywords that `function` accepts, or None if that is any."""
+    try:
+        parameters = inspect.signature(function).parameters.values()
+    except (ValueError, TypeError):  # written in C, without a signature
+        return None
+    if any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters):
+        return None
+    return {p.name for p in parameters}
+
+
 def _checked(scores: Any, expected: int, name: str) -> Tensor:
-    values = scores.tolist() if isinstance(scores, Tensor) else list(scores)
+    if not isinstance(scores, Iterable) or getattr(scores, "ndim", 1) == 0:
+        raise RewardError(
+            f"{name} returned {scores!r}: expected a list of {expected} numbers, one a completion."
+        )
+    # Elements of tensors and arrays become Python's own numbers.
+    values = [v.item() if getattr(v, "ndim", None) == 0 else v for v in scores]
     if len(values) != expected:
         raise RewardError(f"{name} returned {len(values)} scores for {expected} completions.")
     for position, value in enumerate(values):

@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
+from trl_sync.backbone.roles import POLICY
 from trl_sync.ppo.batch import PromptBatch, Rollout
 
 
@@ -30,7 +31,7 @@ class Sampling:
     greedy: bool = False
 
     def generation_config(self) -> GenerationConfig:
-        """The same for `generate`, with everything that would bend the distribution switched off."""
+        """The same for `generate`, with all that would bend the distribution switched off."""
         drawn = {"do_sample": True, "temperature": self.temperature, "top_k": 0, "top_p": 1.0}
         # Rows that have ended are filled with an id every model has; the mask hides it.
         return GenerationConfig(
@@ -70,9 +71,15 @@ def seeded(device: torch.device, *entropy: int) -> Iterator[None]:
 
 
 def roll_out(
-    model: Any, prompts: PromptBatch, sampling: Sampling, *, batch_size: int, device: torch.device
+    model: Any,
+    prompts: PromptBatch,
+    sampling: Sampling,
+    *,
+    batch_size: int,
+    device: torch.device,
+    role: str = POLICY,
 ) -> Rollout:
-    """One response of `model` to each prompt, `batch_size` at a time, in the order of the prompts.
+    """One response of `role` to each prompt, `batch_size` at a time, in the order of the prompts.
 
     Prompts of similar length are generated together. Draws from torch's global generators.
     """
@@ -82,7 +89,9 @@ def roll_out(
     for start in range(0, len(order), batch_size):
         rows = order[start : start + batch_size]
         ids, mask = pad_left([prompts.token_ids[row] for row in rows], device)
-        generated = model.generate(ids, mask, generation_config=config)[:, ids.shape[1] :]
+        generated = model.generate(ids, mask, generation_config=config, role=role)[
+            :, ids.shape[1] :
+        ]
         for row, response in zip(rows, generated, strict=True):
             responses[row] = response
     prompt_ids, prompt_mask = pad_left(prompts.token_ids, device)

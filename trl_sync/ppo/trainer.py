@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import itertools
 import tempfile
 import time
 from pathlib import Path
@@ -24,7 +26,7 @@ from trl_sync.backbone.shared import SharedBackbone
 from trl_sync.errors import ConfigError
 from trl_sync.ppo.checkpoint import CheckpointMixin
 from trl_sync.ppo.config import BatchPlan, PPOConfig
-from trl_sync.ppo.evaluation import EvaluationLoader, evaluate_prompts
+from trl_sync.ppo.evaluation import EvaluationBatch, EvaluationLoader, evaluate_prompts
 from trl_sync.ppo.experience import EVALUATION, ExperienceLoader, reduce_sum
 from trl_sync.ppo.loss import policy_loss, value_loss
 from trl_sync.ppo.metrics import MetricBuffer
@@ -32,6 +34,8 @@ from trl_sync.ppo.progress import PPOProgressCallback, print_completions
 from trl_sync.ppo.prompts import PromptDataset, check_tokenizer
 from trl_sync.ppo.rewards import ModelReward, RewardFunction, completion_texts, reward_source
 from trl_sync.ppo.rollout import Sampling, roll_out, seeded, stop_token_ids
+
+COMPLETION_COLUMNS = ("query", "model response", "score")
 
 
 class PPOTrainer(CheckpointMixin):
@@ -252,40 +256,60 @@ class PPOTrainer(CheckpointMixin):
             }
         super().log(logs, start_time)
 
-    def generate_completions(self, sampling: bool = False) -> dict[str, list[Any]]:
-        """Greedy answers to the evaluation prompts with their scores, printed by the main process.
+    def completions(
+        self,
+        eval_dataset: Any = None,
+        *,
+        role: str = POLICY,
+        greedy: bool = False,
+        num_batches: int | None = None,
+    ) -> dict[str, list[Any]]:
+        """Answers of `role` to the evaluation prompts: `query`, `model response`, `score`.
 
-        With `sampling` only the first batch, as during training. Returns the columns of the table
-        (`query`, `model response`, `score`) on every process, for that process's prompts.
+        Gathered from all processes, so every one must call it. The same prompts are sampled with
+        the same random numbers at every call. `num_batches` limits what each process answers.
+
+        Raises:
+            ConfigError: there are no evaluation prompts.
         """
-        columns: dict[str, list[Any]] = {"query": [], "model response": [], "score": []}
-        greedy = Sampling(
-            response_length=self.args.response_length,
-            temperature=self.args.temperature,
-            stop_token_ids=self.sampling.stop_token_ids,
-            greedy=True,
-        )
+        sampling = dataclasses.replace(self.sampling, greedy=greedy)
+        loader = self.get_eval_dataloader(eval_dataset)
         self.backbone.eval()
-        for batch in self.get_eval_dataloader():
-            with self.accelerator.autocast():
-                rollout = roll_out(
-                    self.backbone,
-                    batch.prompts,
-                    greedy,
-                    batch_size=self.args.local_rollout_forward_batch_size,
-                    device=self.accelerator.device,
-                )
-                scores = self.rewards(rollout).tolist()
-            columns["query"] += self.processing_class.batch_decode(
-                batch.prompts.token_ids, skip_special_tokens=True
-            )
-            columns["model response"] += completion_texts(rollout, self.processing_class)
-            columns["score"] += scores
-            if sampling:
-                break
+        device, rank = self.accelerator.device, self.accelerator.process_index
+        with seeded(device, self.args.seed, EVALUATION, rank), self.accelerator.autocast():
+            rows = [
+                row
+                for batch in itertools.islice(loader, num_batches)
+                for row in self._answer(batch, sampling, role)[: batch.num_counted]
+            ]
+        columns = zip(*gather_object(rows), strict=True)
+        return dict(zip(COMPLETION_COLUMNS, map(list, columns), strict=True))
+
+    def generate_completions(self, sampling: bool = False) -> None:
+        """Prints greedy answers to the evaluation prompts with their scores.
+
+        With `sampling` only to the first batch of each process, as during training.
+        """
+        columns = self.completions(greedy=True, num_batches=1 if sampling else None)
         if self.is_world_process_zero():
             print_completions(columns, title=f"step {self.state.global_step}")
-        return columns
+
+    def _answer(
+        self, batch: EvaluationBatch, sampling: Sampling, role: str
+    ) -> list[tuple[str, str, float]]:
+        rollout = roll_out(
+            self.backbone,
+            batch.prompts,
+            sampling,
+            batch_size=self.args.local_rollout_forward_batch_size,
+            device=self.accelerator.device,
+            role=role,
+        )
+        queries = self.processing_class.batch_decode(
+            batch.prompts.token_ids, skip_special_tokens=True
+        )
+        responses = completion_texts(rollout, self.processing_class)
+        return list(zip(queries, responses, self.rewards(rollout).tolist(), strict=True))
 
     def _iterations_done_in_epoch(self) -> int:
         done = self.state.global_step % self.plan.updates_per_epoch

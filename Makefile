@@ -1,0 +1,38 @@
+VENV := .venv
+PYTHON ?= python3
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+
+.PHONY: demo test lint format clean
+
+# PPO on one shared 4-bit base, from nothing: builds a small task, solves it, shows before and after.
+demo: $(INSTALLED)
+	$(BIN)/accelerate launch --num_processes 1 --num_machines 1 --mixed_precision no \
+		--dynamo_backend no recipes/ppo.py
+
+test: $(INSTALLED) .oracle/trl
+	$(BIN)/python -m pytest
+
+lint: $(INSTALLED)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+format: $(INSTALLED)
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+# torch is pinned in constraints.txt: an open range would take the newest CUDA build.
+$(INSTALLED): pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	touch $@
+
+# The last TRL with a PPOTrainer, to compare with; beside the installed one, never imported with it.
+.oracle/trl: $(INSTALLED)
+	$(BIN)/pip install --quiet --no-deps --target .oracle trl==1.12.0
+	touch $@
+
+clean:
+	rm -rf $(VENV) .oracle build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -1,0 +1,123 @@
+"""What a recipe's flags name: the policy, the reward and the prompts."""
+
+from __future__ import annotations
+
+import importlib.util
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from datasets import Dataset, DatasetDict, load_dataset, load_from_disk
+from trl import ModelConfig, get_peft_config, get_quantization_config
+
+from trl_sync import (
+    ConfigError,
+    PPOConfig,
+    SharedBackbone,
+    load_reward_model,
+    load_shared_backbone,
+)
+
+
+@dataclass
+class ScriptArguments:
+    """Data, reward and precision of the base."""
+
+    dataset_name: str | None = field(
+        default=None, metadata={"help": "Dataset on the hub with a `prompt` column."}
+    )
+    dataset_path: str | None = field(
+        default=None, metadata={"help": "Local dataset: json, jsonl, csv, parquet or save_to_disk."}
+    )
+    dataset_config: str | None = field(default=None, metadata={"help": "Configuration on the hub."})
+    dataset_train_split: str = field(default="train", metadata={"help": "Split to train on."})
+    dataset_test_split: str | None = field(
+        default=None, metadata={"help": "Split to evaluate on. Default: 5%% of the train split."}
+    )
+    reward_function: str | None = field(
+        default=None,
+        metadata={"help": "Reward from Python, as file.py:name, instead of --reward_model_path."},
+    )
+    no_quantization: bool = field(
+        default=False, metadata={"help": "Keep the base in --dtype instead of 4-bit NF4."}
+    )
+
+
+def load_policy(path: str, script: ScriptArguments, model_args: ModelConfig) -> SharedBackbone:
+    """The base, in NF4 unless told otherwise, with LoRA on every linear layer by default."""
+    if not (script.no_quantization or model_args.load_in_8bit):
+        model_args.load_in_4bit, model_args.use_bnb_nested_quant = True, True
+    if (Path(path) / "adapter_config.json").is_file():
+        peft_config = None  # an SFT adapter brings its own
+    else:
+        model_args.use_peft = True
+        model_args.lora_target_modules = model_args.lora_target_modules or "all-linear"
+        peft_config = get_peft_config(model_args)
+    return load_shared_backbone(
+        path,
+        peft_config,
+        quantization_config=get_quantization_config(model_args),
+        dtype=model_args.dtype,
+        revision=model_args.model_revision,
+        attn_implementation=model_args.attn_implementation,
+        trust_remote_code=model_args.trust_remote_code,
+    )
+
+
+def load_reward(script: ScriptArguments, config: PPOConfig, embedded: Any) -> Any:
+    """The function, else the reward model, else the one of the embedded default."""
+    if script.reward_function is not None:
+        file, _, name = script.reward_function.partition(":")
+        if not Path(file).is_file() or not name:
+            raise ConfigError(
+                f"--reward_function {script.reward_function}: expected an existing file and a "
+                "function in it, as rewards.py:my_reward."
+            )
+        spec = importlib.util.spec_from_file_location(Path(file).stem, file)
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        return getattr(module, name)
+    if config.reward_model_path != PPOConfig.reward_model_path:
+        return load_reward_model(config.reward_model_path)
+    return None if embedded is None else load_reward_model(str(embedded.reward_model_path))
+
+
+def load_prompts(
+    script: ScriptArguments, config: PPOConfig, embedded: Any
+) -> tuple[Dataset, Dataset]:
+    """Prompts to train and to evaluate on."""
+    if script.dataset_path is not None:
+        data = load_local(Path(script.dataset_path))
+    elif script.dataset_name is not None:
+        data = load_dataset(script.dataset_name, script.dataset_config)
+    elif embedded is not None:
+        return embedded.train_prompts, embedded.eval_prompts
+    else:
+        raise ConfigError("No prompts: give --dataset_name or --dataset_path.")
+    splits = data if isinstance(data, DatasetDict) else DatasetDict(train=data)
+    for split in (script.dataset_train_split, script.dataset_test_split):
+        if split is not None and split not in splits:
+            raise ConfigError(f"The dataset has no split {split!r}, only {list(splits)}.")
+    train = splits[script.dataset_train_split]
+    if script.dataset_test_split is not None:
+        return train, splits[script.dataset_test_split]
+    held_out = train.train_test_split(test_size=max(1, len(train) // 20), seed=config.seed)
+    return held_out["train"], held_out["test"]
+
+
+def load_local(path: Path) -> Dataset | DatasetDict:
+    """A folder written by save_to_disk, or a file by its ending."""
+    if path.is_dir():
+        return load_from_disk(str(path))
+    kinds = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
+    if not path.is_file() or path.suffix not in kinds:
+        raise ConfigError(
+            f"--dataset_path {path}: expected a folder of save_to_disk or a file ending in "
+            f"{', '.join(kinds)}."
+        )
+    return load_dataset(kinds[path.suffix], data_files=str(path))
+
+
+def resume_choice(config: PPOConfig) -> str | bool | None:
+    choice = config.resume_from_checkpoint
+    return choice.lower() == "true" if choice and choice.lower() in ("true", "false") else choice

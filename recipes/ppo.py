@@ -1,0 +1,121 @@
+"""PPO on one shared 4-bit base.
+
+Without arguments it builds a small task on the spot and solves it; the second run finds it cached:
+
+    accelerate launch recipes/ppo.py
+
+With your own model, reward and prompts:
+
+    accelerate launch recipes/ppo.py --model_name_or_path my/sft-model \\
+        --reward_model_path my/reward-model --dataset_name my/prompts --output_dir runs/mine
+
+Two processes on one CPU:
+
+    accelerate launch --config_file recipes/accelerate_configs/cpu_2.yaml recipes/ppo.py
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import yaml
+from transformers import AutoTokenizer, set_seed
+from trl import ModelConfig, TrlParser
+
+from embedded_default import embedded_default, judge
+from inputs import ScriptArguments, load_policy, load_prompts, load_reward, resume_choice
+from trl_sync import ConfigError, PPOConfig, PPOTrainer
+from trl_sync.ppo.progress import print_completions
+from trl_sync.ppo.summary import summarize
+from trl_sync.report import plot_learning_curve
+
+EMBEDDED_SETTINGS = Path(__file__).parent / "ppo_embedded.yaml"
+
+
+def main() -> None:
+    script, config, model_args = parse_arguments()
+    try:
+        run(script, config, model_args)
+    except ConfigError as error:
+        sys.exit(f"error: {error}")
+
+
+def parse_arguments() -> tuple[ScriptArguments, PPOConfig, ModelConfig]:
+    """Flags over --config file over, for the embedded default, its own settings."""
+    parser = TrlParser((ScriptArguments, PPOConfig, ModelConfig))
+    parsed = parser.parse_args_and_config()
+    if parsed[-1].model_name_or_path is None:
+        parser.set_defaults_with_config(**yaml.safe_load(EMBEDDED_SETTINGS.read_text()))
+        parsed = parser.parse_args_and_config()
+    return parsed
+
+
+def run(script: ScriptArguments, config: PPOConfig, model_args: ModelConfig) -> None:
+    embedded = embedded_default() if model_args.model_name_or_path is None else None
+    model_path = model_args.model_name_or_path or str(embedded.model_path)
+    train, test = load_prompts(script, config, embedded)
+    set_seed(config.seed)  # the adapters are drawn before the trainer is made
+    trainer = PPOTrainer(
+        config,
+        AutoTokenizer.from_pretrained(model_path, padding_side="left"),
+        load_policy(model_path, script, model_args),
+        reward_model=load_reward(script, config, embedded),
+        train_dataset=train,
+        eval_dataset=test,
+    )
+    before = trainer.completions()
+    started_s = time.perf_counter()
+    trainer.train(resume_from_checkpoint=resume_choice(config))
+    wall_s = time.perf_counter() - started_s
+    after = trainer.completions()
+    trainer.save_model()
+    trainer.save_state()
+    if trainer.is_world_process_zero():
+        summary = summarize(trainer, wall_s) | compare(before, after, judged=embedded is not None)
+        write_outcome(trainer, summary, Path(config.output_dir))
+        show(before, after, summary)
+
+
+def compare(before: dict[str, Any], after: dict[str, Any], *, judged: bool) -> dict[str, float]:
+    """How the answers to the evaluation prompts changed; the grammar judges its own corpus only."""
+    answers = after["model response"]
+    outcome = {"distinct_completions": len(set(answers)) / len(answers)}
+    if judged:
+        outcome["positive_share_before"] = positive_share(before)
+        outcome["positive_share_after"] = positive_share(after)
+    return outcome
+
+
+def positive_share(columns: dict[str, Any]) -> float:
+    pairs = zip(columns["query"], columns["model response"], strict=True)
+    labels = [judge(f"{query}{response}").label for query, response in pairs]
+    return labels.count("positive") / len(labels)
+
+
+def write_outcome(trainer: PPOTrainer, summary: dict[str, Any], folder: Path) -> None:
+    (folder / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
+    try:
+        plot_learning_curve(trainer.state.log_history, folder / "learning_curve.png")
+    except ImportError:
+        print("learning_curve.png needs matplotlib: pip install 'trl-sync[report]'")
+
+
+def show(before: dict[str, Any], after: dict[str, Any], summary: dict[str, Any]) -> None:
+    """The first prompts with both answers, and the figures."""
+    table = {
+        "prompt": before["query"],
+        "before": before["model response"],
+        "score before": before["score"],
+        "after": after["model response"],
+        "score after": after["score"],
+    }
+    print_completions({name: rows[:8] for name, rows in table.items()}, "Before and after")
+    print(json.dumps(summary, indent=2))
+
+
+if __name__ == "__main__":
+    main()

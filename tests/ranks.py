@@ -1,0 +1,106 @@
+"""Runs a function on several gloo ranks, with one deadline that ends them all."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import queue
+import socket
+import time
+import traceback
+from collections.abc import Callable
+from typing import Any
+from unittest import mock
+
+
+class RankError(AssertionError):
+    """A rank failed, died or did not finish in time; carries every rank's traceback."""
+
+
+def run_on_ranks(
+    function: Callable[..., Any], *args: Any, num_ranks: int = 2, deadline_s: float = 120
+) -> list[Any]:
+    """What `function(*args)` returned on each rank, by rank; it must be importable.
+
+    The processes find the environment that `accelerate launch` makes for CPU ranks.
+
+    Raises:
+        RankError: a rank raised, exited with another code than 0, or ran past the deadline.
+    """
+    context = multiprocessing.get_context("spawn")
+    answers = context.Queue()
+    port = free_port()
+    processes = []
+    for rank in range(num_ranks):
+        process = context.Process(target=_serve, args=(function, args, rank, answers))
+        # Libraries read these when they are imported, so a rank must be born with them.
+        with mock.patch.dict(os.environ, _launcher_environment(rank, num_ranks, port)):
+            process.start()
+        processes.append(process)
+    try:
+        results = _collect(answers, processes, time.monotonic() + deadline_s)
+    finally:
+        for process in processes:
+            process.kill()
+            process.join()
+    failures = [f"rank {rank}:\n{text}" for rank, (ok, text) in results.items() if not ok]
+    missing = sorted(set(range(num_ranks)) - set(results))
+    failures += [f"rank {rank}: no answer, exit code {processes[rank].exitcode}" for rank in missing]
+    if failures:
+        raise RankError("\n".join(failures))
+    return [results[rank][1] for rank in range(num_ranks)]
+
+
+def _collect(answers: Any, processes: list[Any], deadline: float) -> dict[int, tuple[bool, Any]]:
+    results: dict[int, tuple[bool, Any]] = {}
+    while len(results) < len(processes) and time.monotonic() < deadline:
+        try:
+            rank, ok, value = answers.get(timeout=0.2)
+        except queue.Empty:
+            dead = [p for rank, p in enumerate(processes) if rank not in results and p.exitcode]
+            if dead:
+                # The others would wait for it in a collective until the deadline.
+                break
+            continue
+        results[rank] = (ok, value)
+        if not ok:
+            break
+    return results
+
+
+def _launcher_environment(rank: int, num_ranks: int, port: int) -> dict[str, str]:
+    return {
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
+        "WORLD_SIZE": str(num_ranks),
+        "LOCAL_WORLD_SIZE": str(num_ranks),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+        "ACCELERATE_USE_CPU": "true",
+        "OMP_NUM_THREADS": "1",
+    }
+
+
+def _serve(function: Callable[..., Any], args: Any, rank: int, answers: Any) -> None:
+    try:
+        value = function(*args)
+    except BaseException:
+        answers.put((rank, False, traceback.format_exc()))
+        raise SystemExit(1) from None
+    answers.put((rank, True, value))
+    _close_process_group()
+
+
+def _close_process_group() -> None:
+    import torch.distributed
+
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+
+
+def free_port() -> int:
+    """A TCP port that nothing listens on now."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
