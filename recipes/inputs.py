@@ -60,7 +60,6 @@ def load_policy(path: str, script: ScriptArguments, model_args: ModelConfig) -> 
         dtype=model_args.dtype,
         revision=model_args.model_revision,
         attn_implementation=model_args.attn_implementation,
-        trust_remote_code=model_args.trust_remote_code,
     )
 
 

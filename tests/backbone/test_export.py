@@ -49,11 +49,15 @@ def logits_of_policy(backbone: SharedBackbone) -> Tensor:
     "options",
     [
         {},
-        {"use_rslora": True, "rank_pattern": {"q_proj": 2}, "lora_bias": True}
-        | {"target_modules": ["q_proj", "v_proj"]},
+        {"use_rslora": True, "rank_pattern": {"q_proj": 2}, "target_modules": ["q_proj", "v_proj"]},
         {"target_modules": ["lm_head", "embed_tokens", "o_proj"]},
+        # PEFT takes the one axis of a LoRA bias for an unfinished shard.
+        pytest.param(
+            {"lora_bias": True, "target_modules": ["q_proj", "v_proj"]},
+            marks=pytest.mark.filterwarnings("ignore:Adapter '.*LoRA tensor.*have invalid shape"),
+        ),
     ],
-    ids=["all-linear", "patterns", "embeddings"],
+    ids=["all-linear", "patterns", "embeddings", "lora bias"],
 )
 def test_plain_peft_loads_the_policy(
     llama_folder: str, tmp_path: Path, precision: str, options: dict[str, Any]
@@ -67,6 +71,7 @@ def test_plain_peft_loads_the_policy(
         if hasattr(module, "support_avx512bf16_for_cpu"):
             module.support_avx512bf16_for_cpu = False
     peft = PeftModel.from_pretrained(base, str(tmp_path / "new" / "folder"))
+    assert not any(p.requires_grad for n, p in peft.named_parameters() if "lora_" in n)
     batch = ragged_batch()
     with torch.no_grad():
         plain = base(batch.input_ids).logits
@@ -75,7 +80,6 @@ def test_plain_peft_loads_the_policy(
     found = logits_of_policy(backbone)
     torch.testing.assert_close(plain, found, **CLOSE)
     assert not torch.allclose(without, found, atol=0.01)
-    assert not any(p.requires_grad for p in peft.parameters())
 
 
 def test_the_saved_config_names_the_base_and_is_for_inference(

@@ -99,10 +99,12 @@ def role_hidden(backbone: SharedBackbone, role: str) -> Tensor:
 
 def train_step(backbone: SharedBackbone) -> None:
     batch = ragged_batch()
-    optimizer = torch.optim.SGD([p for p in backbone.parameters() if p.requires_grad], lr=0.1)
+    parameters = [p for p in backbone.parameters() if p.requires_grad]
+    optimizer = torch.optim.SGD(parameters, lr=0.1)
     found = backbone.train()(batch.input_ids, batch.attention_mask, batch.response_mask)
     (found["policy"]["logprobs"].sum() + (found["value"]["values"] - 1).sum()).backward()
     optimizer.step()
+    optimizer.zero_grad()
 
 
 @pytest.mark.parametrize("precision", ["fp32", "nf4"])
@@ -125,7 +127,8 @@ def test_an_sft_adapter_becomes_policy_reference_and_value(
     assert not backbone.roles["reference"].trainable
 
     reference = role_logits(backbone, "reference")
-    train_step(backbone)
+    for _ in range(2):  # the value head starts at zero, so its adapter gets gradients from step 2
+        train_step(backbone)
     assert torch.equal(role_logits(backbone, "reference"), reference)
     assert not torch.allclose(role_logits(backbone, "policy"), own_logits, atol=1e-3)
     assert not torch.allclose(role_hidden(backbone, "value"), own_hidden, atol=1e-3)
@@ -136,9 +139,9 @@ def load_base_of(folder: str, precision: str) -> Any:
     return load_base(folder, quantization_config=quantization, dtype=torch.float32)
 
 
-@pytest.mark.parametrize("saved", [True, False, "auto"])
+@pytest.mark.parametrize("saved", [True, False])
 def test_an_sft_adapter_on_embeddings_and_lm_head(
-    llama_folder: str, tmp_path: Path, saved: Any
+    llama_folder: str, tmp_path: Path, saved: bool
 ) -> None:
     """The value role has no LM head; the base's own embeddings may lie in the adapter file."""
     model = get_peft_model(
@@ -215,11 +218,9 @@ def test_an_adapter_of_another_base_is_refused(
     tensors = load_file(file)
     change(tensors)
     save_file(tensors, file, metadata={"format": "pt"})
+    path, value_init_path = (str(folder), None) if role == "sft" else (llama_folder, str(folder))
     with pytest.raises(ConfigError, match="another base"):
-        if role == "sft":
-            load_shared_backbone(str(folder))
-        else:
-            load_shared_backbone(llama_folder, lora(), value_init_path=str(folder))
+        load_shared_backbone(path, value_init_path=value_init_path)
 
 
 @pytest.mark.parametrize("start", ["model", "sft adapter"])
@@ -346,6 +347,11 @@ def test_a_reward_model_with_several_labels_is_refused(
         load_reward_model(folder)
 
 
+def test_a_reward_model_without_score_head_is_refused(llama_folder: str) -> None:
+    with pytest.raises(ConfigError, match=r"no score head: its architectures are \['LlamaForCau"):
+        load_reward_model(llama_folder)
+
+
 def test_nf4_loading_is_that_of_transformers(llama_folder: str) -> None:
     model = load_base(llama_folder, quantization_config=nf4_config(), dtype=torch.float32)
     weight = model.model.layers[0].self_attn.q_proj.weight
@@ -396,5 +402,5 @@ def test_a_quantization_that_does_not_work_here_is_a_config_error(
         def from_pretrained(*args: Any, **kwargs: Any) -> Any:
             raise NotImplementedError("no kernel for this device")
 
-    with pytest.raises(ConfigError, match=r"bitsandbytes_4bit|nf4.*no kernel for this device"):
+    with pytest.raises(ConfigError, match=r"cannot be loaded with nf4 on cpu: no kernel"):
         load_base(llama_folder, quantization_config=nf4_config(), auto_class=Broken)

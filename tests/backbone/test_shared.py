@@ -20,7 +20,12 @@ from backbones import (
     randomise_adapters,
 )
 from torch import Tensor, nn
-from transformers import GenerationConfig, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    GenerationConfig,
+    PreTrainedModel,
+)
 
 import tiny
 from trl_sync.backbone.fingerprint import base_tensors, fingerprint
@@ -226,7 +231,9 @@ def test_generation_inherits_nothing_from_the_models_own_config(llama_folder: st
     assert torch.equal(found, expected)
     assert backbone.causal_model.generation_config is stored
     # The penalty is strong enough to be seen, and other arguments of generate pass.
-    penalised = backbone.generate(*prompts, GenerationConfig(**GREEDY | {"repetition_penalty": 9.0}))
+    penalised = backbone.generate(
+        *prompts, GenerationConfig(**GREEDY | {"repetition_penalty": 9.0})
+    )
     assert not torch.equal(penalised, expected)
     forced = backbone.generate(
         *prompts, GenerationConfig(**GREEDY), logits_processor=[OwnProcessor()]
@@ -272,8 +279,6 @@ def test_dropout_of_the_base_never_runs(gpt2_folder: str, checkpointing: bool) -
 
 @pytest.mark.parametrize("kind", ["phi3", "gpt_neox", "gpt2"])
 def test_dropout_that_layers_apply_by_themselves_never_runs(kind: str) -> None:
-    from transformers import AutoConfig, AutoModelForCausalLM
-
     options = {
         "phi3": {"resid_pdrop": 0.5, "attention_dropout": 0.5, "embd_pdrop": 0.5},
         "gpt_neox": {"hidden_dropout": 0.5, "attention_dropout": 0.5},
@@ -359,9 +364,7 @@ def test_exactly_policy_value_and_head_train(
             }
     assert trainable == expected
     backbone.check_roles()
-    owned = {
-        role: {id(p) for _, p in backbone.role_parameters(role)} for role in backbone.roles
-    }
+    owned = {role: {id(p) for _, p in backbone.role_parameters(role)} for role in backbone.roles}
     assert len(owned["policy"]) == 28
     assert len(owned["value"]) == 30
     assert len(owned["reference"]) == (28 if reference_adapter else 0)
@@ -481,9 +484,7 @@ STATE = {
     "absmax of absmax": flip_state("state2", "absmax"),
     "code of absmax": flip_state("state2", "code"),
 }
-ANYWHERE = {
-    f.__name__: f for f in (flip_weight, flip_norm, flip_buffer, rename, reshape, retype)
-}
+ANYWHERE = {f.__name__: f for f in (flip_weight, flip_norm, flip_buffer, rename, reshape, retype)}
 
 
 @pytest.mark.parametrize(
@@ -553,7 +554,7 @@ def test_the_value_head_starts_at_zero_and_in_fp32(llama_folder: str) -> None:
 
 
 def test_a_target_of_the_lm_head_alone_is_refused_for_the_value_role(llama_folder: str) -> None:
-    with pytest.raises(ConfigError, match="targets the LM head alone.*pass value_peft_config"):
+    with pytest.raises(ConfigError, match=r"targets the LM head alone.*pass value_peft_config"):
         SharedBackbone(load(llama_folder, "fp32"), lora(target_modules=["lm_head"]))
 
 

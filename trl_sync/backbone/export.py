@@ -39,8 +39,8 @@ def load_adapters(backbone: SharedBackbone, folder: Path) -> None:
     policy = _read(folder / ADAPTER_WEIGHTS)
     value = _read(folder / VALUE_FOLDER / ADAPTER_WEIGHTS)
     head = _read(folder / VALUE_FOLDER / VALUE_HEAD)
-    _check(policy, _adapter_state(backbone, POLICY), folder / ADAPTER_WEIGHTS)
-    _check(value, _adapter_state(backbone, VALUE), folder / VALUE_FOLDER / ADAPTER_WEIGHTS)
+    _check(policy, adapter_state(backbone, POLICY), folder / ADAPTER_WEIGHTS)
+    _check(value, adapter_state(backbone, VALUE), folder / VALUE_FOLDER / ADAPTER_WEIGHTS)
     _check(head, backbone.value_head.state_dict(), folder / VALUE_FOLDER / VALUE_HEAD)
     set_peft_model_state_dict(backbone.peft_model, policy, adapter_name=POLICY)
     set_peft_model_state_dict(backbone.peft_model, value, adapter_name=VALUE)
@@ -59,7 +59,8 @@ def save_value(backbone: SharedBackbone, folder: Path) -> None:
     save_file(head, folder / VALUE_HEAD)
 
 
-def _adapter_state(backbone: SharedBackbone, adapter: str) -> dict[str, Tensor]:
+def adapter_state(backbone: SharedBackbone, adapter: str) -> dict[str, Tensor]:
+    """The LoRA tensors of `adapter` under the names that PEFT gives them in a file."""
     # "auto" would ask the model hub whether the vocabulary was resized.
     state: dict[str, Tensor] = get_peft_model_state_dict(
         backbone.peft_model, adapter_name=adapter, save_embedding_layers=False
@@ -69,7 +70,7 @@ def _adapter_state(backbone: SharedBackbone, adapter: str) -> dict[str, Tensor]:
 
 def _save_adapter(backbone: SharedBackbone, adapter: str, folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
-    state = _adapter_state(backbone, adapter)
+    state = adapter_state(backbone, adapter)
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
     save_file(tensors, folder / ADAPTER_WEIGHTS, metadata={"format": "pt"})
     config: PeftConfig = copy.deepcopy(backbone.peft_model.peft_config[adapter])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +13,14 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     BitsAndBytesConfig,
     PreTrainedModel,
 )
 
-from trl_sync.backbone.export import ADAPTER_WEIGHTS
+from trl_sync.backbone.export import ADAPTER_WEIGHTS, adapter_state
 from trl_sync.backbone.roles import POLICY, REFERENCE, VALUE, freeze
 from trl_sync.backbone.routing import set_adapter_trainable
 from trl_sync.backbone.shared import SharedBackbone, default_lora_config, keep_packed_weights
@@ -107,9 +107,12 @@ def load_shared_backbone(
         backbone = SharedBackbone(
             base, config, value_peft_config=_value_lora(value_init_path), reference_adapter=True
         )
-        roles = (POLICY, REFERENCE) if value_init_path else (POLICY, REFERENCE, VALUE)
-        for role in roles:
-            _load_lora(backbone, role, load_file(folder / ADAPTER_WEIGHTS))
+        tensors = load_file(folder / ADAPTER_WEIGHTS)
+        for role in (POLICY, REFERENCE):
+            _load_lora(backbone, role, tensors)
+        if value_init_path is None or _adapter_folder(value_init_path) is None:
+            # The value adapter is the policy's without the LM head.
+            _load_lora(backbone, VALUE, {n: tensors[n] for n in adapter_state(backbone, VALUE)})
     if value_init_path is not None:
         initialise_value(backbone, value_init_path)
     set_adapter_trainable(backbone.peft_model, (POLICY, VALUE))
@@ -125,12 +128,12 @@ def load_reward_model(
     """A frozen sequence classifier with one label, full or PEFT.
 
     Raises:
-        ConfigError: the model has more than one label.
+        ConfigError: the model has more than one label, or no score head.
     """
     folder = _adapter_folder(model_name_or_path)
     options = {"num_labels": 1, **options}
     if folder is None:
-        _check_one_label(model_name_or_path, options)
+        _check_score_head(model_name_or_path)
         model = load_base(
             model_name_or_path,
             quantization_config=quantization_config,
@@ -138,6 +141,9 @@ def load_reward_model(
             **options,
         )
     else:
+        heads = [t for name, t in _score_tensors(folder).items() if name.endswith("weight")]
+        if heads:
+            _check_one_label(model_name_or_path, heads[0].shape[0])
         config = PeftConfig.from_pretrained(str(folder))
         base = load_base(
             config.base_model_name_or_path,
@@ -211,12 +217,15 @@ def _value_lora(reward_model_path: str | None) -> LoraConfig | None:
 
 
 def _load_lora(backbone: SharedBackbone, adapter: str, tensors: dict[str, Tensor]) -> None:
-    result = set_peft_model_state_dict(backbone.peft_model, tensors, adapter_name=adapter)
-    if result.unexpected_keys:
+    expected = {name: tensor.shape for name, tensor in adapter_state(backbone, adapter).items()}
+    found = {name: tensor.shape for name, tensor in tensors.items() if "lora_" in name}
+    different = sorted(n for n in expected | found if expected.get(n) != found.get(n))
+    if different:
         raise ConfigError(
-            f"The adapter has tensors that this base does not: {result.unexpected_keys[0]} and "
-            f"{len(result.unexpected_keys) - 1} more. Was it trained on another base?"
+            f"The adapter does not fit this base: {len(different)} tensors differ, for example "
+            f"{different[0]}. Was it trained on another base?"
         )
+    set_peft_model_state_dict(backbone.peft_model, tensors, adapter_name=adapter)
 
 
 def _score_tensors(folder: Path) -> dict[str, Tensor]:
@@ -229,21 +238,25 @@ def _score_tensors(folder: Path) -> dict[str, Tensor]:
     return found
 
 
-def _check_one_label(path: str, options: dict[str, Any]) -> None:
-    config_file = Path(path) / "config.json"
-    if config_file.is_file():
-        labels = json.loads(config_file.read_text()).get("id2label", {0: ""})
-        if len(labels) != 1 and options["num_labels"] == 1 and _is_classifier(config_file):
-            raise ConfigError(
-                f"The reward model {path} has {len(labels)} labels. PPO needs one number per "
-                "episode: use a model with num_labels=1, or a callable that combines the labels."
-            )
+def _check_score_head(path: str) -> None:
+    """Nothing, if the whole model at `path` is a classifier with one label."""
+    config = AutoConfig.from_pretrained(path)
+    architectures = config.architectures or []
+    if not any("SequenceClassification" in name for name in architectures):
+        raise ConfigError(
+            f"The reward model {path} has no score head: its architectures are {architectures}, "
+            "and a new head would give random rewards. Use a sequence classifier with one label."
+        )
+    _check_one_label(path, config.num_labels)
 
 
-def _is_classifier(config_file: Path) -> bool:
-    architectures = json.loads(config_file.read_text()).get("architectures") or []
-    return any("SequenceClassification" in name for name in architectures)
+def _check_one_label(path: str, num_labels: int) -> None:
+    if num_labels != 1:
+        raise ConfigError(
+            f"The reward model {path} has {num_labels} labels. PPO needs one number per "
+            "episode: use a model with num_labels=1, or a callable that combines the labels."
+        )
 
 
 def _describe(config: BitsAndBytesConfig) -> str:
-    return f"{config.quantization_method().value}"
+    return str(config.quantization_method())

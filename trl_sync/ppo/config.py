@@ -297,7 +297,8 @@ class BatchPlan:
             if config.max_steps % updates:
                 raise ConfigError(
                     f"max_steps={config.max_steps} counts optimizer updates and would end inside "
-                    f"an iteration of {updates} (num_ppo_epochs x num_mini_batches): use a multiple."
+                    f"an iteration of {updates} (num_ppo_epochs x num_mini_batches): use a "
+                    "multiple."
                 )
             num_iterations = config.max_steps // updates
         elif config.total_episodes is not None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import math
 from collections.abc import Callable, Iterable
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float
@@ -24,6 +24,7 @@ RewardFunction = Callable[..., list[float]]
 _OWN_KEYWORDS = ("prompts", "completions")
 
 
+@runtime_checkable  # beartype checks it in the tests
 class RewardSource(Protocol):
     """Scores the responses of a rollout, one finite number each, higher is better."""
 

@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+from accelerate.utils import gather_object
 from datasets import Dataset
 from peft import LoraConfig, PeftModel
 from torch import Tensor, nn
