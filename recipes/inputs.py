@@ -1,14 +1,16 @@
-"""What a recipe's flags name: the policy, the reward and the prompts."""
+"""A recipe's flags, and what they name: the policy, the reward and the prompts."""
 
 from __future__ import annotations
 
 import importlib.util
-from dataclasses import dataclass, field
+from argparse import SUPPRESS, RawDescriptionHelpFormatter
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
 from datasets import Dataset, DatasetDict, load_dataset, load_from_disk
-from trl import ModelConfig, get_peft_config, get_quantization_config
+from transformers import TrainingArguments
+from trl import ModelConfig, TrlParser, get_peft_config, get_quantization_config
 
 from trl_sync import (
     ConfigError,
@@ -41,6 +43,45 @@ class ScriptArguments:
     no_quantization: bool = field(
         default=False, metadata={"help": "Keep the base in --dtype instead of 4-bit NF4."}
     )
+
+
+class _HelpFormatter(RawDescriptionHelpFormatter):
+    """The description as it is written, and each default behind its flag."""
+
+    def _get_help_string(self, action: Any) -> str:
+        shown = action.default not in (None, "", [], SUPPRESS)
+        return (action.help or "") + (" (default: %(default)s)" if shown else "")
+
+    def _format_action_invocation(self, action: Any) -> str:
+        # Without the second spelling of each flag, with dashes.
+        return f"{action.option_strings[0]} {self._format_args(action, action.dest.upper())}"
+
+
+def make_parser(description: str) -> TrlParser:
+    """The flags of a recipe in groups: the recipe's own, PPO, model, and those of every Trainer."""
+    classes = (ScriptArguments, PPOConfig, ModelConfig)
+    parser = TrlParser(
+        classes,
+        description=description,
+        usage="accelerate launch recipes/%(prog)s [--config FILE.yaml] [--flag value ...]",
+        formatter_class=_HelpFormatter,
+    )
+    trainer = {f.name for f in fields(TrainingArguments)}
+    owners = {
+        "data, reward and precision": {f.name for f in fields(ScriptArguments)},
+        "PPO": {f.name for f in fields(PPOConfig)} - trainer,
+        "model, LoRA and quantization": {f.name for f in fields(ModelConfig)},
+        "training, as in every Trainer": trainer,
+    }
+    options = parser._optionals._group_actions
+    for title, names in owners.items():
+        group = parser.add_argument_group(title)
+        group._group_actions += [action for action in options if action.dest in names]
+    for action in options:
+        if (action.help or "").startswith(("Computed:", "Read by scripts only: path of the SFT")):
+            action.help = SUPPRESS
+    options[:] = [action for action in options if action.dest == "help"]
+    return parser
 
 
 def load_policy(path: str, script: ScriptArguments, model_args: ModelConfig) -> SharedBackbone:

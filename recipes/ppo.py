@@ -9,7 +9,7 @@ With your own model, reward and prompts:
     accelerate launch recipes/ppo.py --model_name_or_path my/sft-model \\
         --reward_model_path my/reward-model --dataset_name my/prompts --output_dir runs/mine
 
-Two processes on one CPU:
+Settings may also come from a YAML file, --config FILE; flags win. Two processes on one CPU:
 
     accelerate launch --config_file recipes/accelerate_configs/cpu_2.yaml recipes/ppo.py
 """
@@ -24,10 +24,17 @@ from typing import Any
 
 import yaml
 from transformers import AutoTokenizer, set_seed
-from trl import ModelConfig, TrlParser
+from trl import ModelConfig
 
 from embedded_default import embedded_default, judge
-from inputs import ScriptArguments, load_policy, load_prompts, load_reward, resume_choice
+from inputs import (
+    ScriptArguments,
+    load_policy,
+    load_prompts,
+    load_reward,
+    make_parser,
+    resume_choice,
+)
 from trl_sync import ConfigError, PPOConfig, PPOTrainer
 from trl_sync.ppo.progress import print_completions
 from trl_sync.ppo.summary import summarize
@@ -46,7 +53,7 @@ def main() -> None:
 
 def parse_arguments() -> tuple[ScriptArguments, PPOConfig, ModelConfig]:
     """Flags over --config file over, for the embedded default, its own settings."""
-    parser = TrlParser((ScriptArguments, PPOConfig, ModelConfig))
+    parser = make_parser(__doc__)
     parsed = parser.parse_args_and_config()
     if parsed[-1].model_name_or_path is None:
         parser.set_defaults_with_config(**yaml.safe_load(EMBEDDED_SETTINGS.read_text()))

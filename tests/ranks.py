@@ -45,7 +45,7 @@ def run_on_ranks(
             process.join()
     failures = [f"rank {rank}:\n{text}" for rank, (ok, text) in results.items() if not ok]
     missing = sorted(set(range(num_ranks)) - set(results))
-    failures += [f"rank {rank}: no answer, exit code {processes[rank].exitcode}" for rank in missing]
+    failures += [f"rank {r}: no answer, exit code {processes[r].exitcode}" for r in missing]
     if failures:
         raise RankError("\n".join(failures))
     return [results[rank][1] for rank in range(num_ranks)]

@@ -33,8 +33,8 @@ from trl_sync.backbone.loading import (
     load_base,
     load_reward_model,
     load_shared_backbone,
-    nf4_config,
 )
+from trl_sync.backbone.quantization import nf4_config
 from trl_sync.backbone.shared import SharedBackbone
 from trl_sync.errors import ConfigError
 

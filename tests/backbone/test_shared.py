@@ -29,7 +29,8 @@ from transformers import (
 
 import tiny
 from trl_sync.backbone.fingerprint import base_tensors, fingerprint
-from trl_sync.backbone.shared import SharedBackbone, keep_packed_weights
+from trl_sync.backbone.quantization import keep_packed_weights
+from trl_sync.backbone.shared import SharedBackbone
 from trl_sync.errors import ConfigError
 
 # fp32: log-probabilities of order 4 from two layers; the stacked batch is summed in another order.

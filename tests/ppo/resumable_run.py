@@ -24,7 +24,7 @@ from transformers import TrainerCallback, set_seed
 import tiny
 from trl_sync import PPOTrainer
 from trl_sync.backbone import load_shared_backbone
-from trl_sync.backbone.loading import nf4_config
+from trl_sync.backbone.quantization import nf4_config
 
 # 64 prompts, 16 a batch: 4 iterations an epoch, 4 updates an iteration. Saves are due every third
 # update, so they are deferred to 4, 8, 12, ... The run has one epoch and a half.

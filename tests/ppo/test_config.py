@@ -372,8 +372,7 @@ def test_the_plan_by_hand(length: dict[str, Any], num_iterations: int, max_steps
 
 
 def test_the_plan_of_two_processes(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(PPOConfig, "world_size", property(lambda self: 2, lambda self, _: None))
-    monkeypatch.setattr(PPOConfig, "_given_world_size", None, raising=False)
+    monkeypatch.setattr(TrainingArguments, "world_size", property(lambda self: 2))
     found = config(**SIZES, total_episodes=100)
     plan = BatchPlan.derive(found, 70)
     # 32 sequences in all a rollout batch: 2 iterations an epoch of 70 prompts, 4 for 100 episodes.

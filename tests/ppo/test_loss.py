@@ -6,12 +6,13 @@ from itertools import pairwise
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
 from trl_sync.ppo.loss import policy_loss, value_loss
 
+NO_DEADLINE = settings(deadline=None)  # the machine may be busy with other things
 FP64 = {"rtol": 1e-12, "atol": 1e-12}  # a few dozen fp64 roundings of numbers below 100
 CLIP = 0.2
 TEN = torch.tensor(10)
@@ -130,6 +131,29 @@ def test_value_loss_by_hand() -> None:
     assert set(statistics) == {"value_loss", "value_clipped"}
 
 
+@pytest.mark.parametrize(
+    ("column", "policy_clipped", "value_clipped"),
+    [(0, 1, 1), (1, 0, 0), (2, 0, 1), (3, 1, 0), (4, 0, 0), (5, 0, 0)],  # as marked in the tables
+)
+def test_the_clipped_tokens_are_those_whose_clipped_term_counts(
+    column: int, policy_clipped: int, value_clipped: int
+) -> None:
+    one = slice(column, column + 1)
+    mask = FIRST_FIVE[:, one]
+    _, of_policy = policy_loss(
+        *(hand_logprobs()[:, one], OLD_LOGPROBS[:, one], ADVANTAGES[:, one], mask),
+        cliprange=CLIP,
+        denominator=TEN,
+    )
+    _, of_value = value_loss(
+        *(NEW_VALUES[:, one], OLD_VALUES[:, one], RETURNS[:, one], mask),
+        cliprange_value=CLIP,
+        denominator=TEN,
+    )
+    assert int(of_policy["policy_clipped"]) == policy_clipped
+    assert int(of_value["value_clipped"]) == value_clipped
+
+
 Loss = Callable[[Tensor], Tensor]
 
 
@@ -186,6 +210,7 @@ def slow_value_sum(rows: list[tuple[float, float, float]]) -> float:
     return total
 
 
+@NO_DEADLINE
 @given(batches)
 def test_losses_against_plain_python(batch: tuple[list[int], int]) -> None:
     mask, new, old, third = draw(batch, 3)
@@ -201,6 +226,7 @@ def test_losses_against_plain_python(batch: tuple[list[int], int]) -> None:
     assert found == pytest.approx(slow_value_sum(tokens), abs=1e-11)
 
 
+@NO_DEADLINE
 @given(batches, st.lists(st.integers(1, 6), max_size=5))
 def test_losses_and_statistics_add_up_over_micro_batches(
     batch: tuple[list[int], int], cuts: list[int]

@@ -42,7 +42,7 @@ def test_update_metrics_are_means_over_tokens_then_over_updates() -> None:
     buffer.end_update()
     # Second update: 2 tokens.
     third = {"approx_kl": 0.5, "policy_clipped": 1, "policy_loss": 1.0, "entropy": 4.0}
-    third |= {"ratio": 2.0, "squared_ratio": 2.0, "value_loss": 4.0, "value_clipped": 2}
+    third |= {"ratio": 3.0, "squared_ratio": 5.0, "value_loss": 4.0, "value_clipped": 2}
     buffer.add_micro_batch(statistics(tokens=2, **third))
     buffer.end_update()
     assert buffer.drain() == pytest.approx(
@@ -53,8 +53,8 @@ def test_update_metrics_are_means_over_tokens_then_over_updates() -> None:
             "policy/entropy_avg": 2.5,  # (12 / 4 + 4 / 2) / 2
             "loss/value_avg": 1.5,  # (4 / 4 + 4 / 2) / 2
             "val/clipfrac_avg": 0.625,  # (1 / 4 + 2 / 2) / 2
-            "val/ratio": 1.0,  # (4 / 4 + 2 / 2) / 2
-            "val/ratio_var": 0.09375,  # (4.75 / 4 + 2 / 2) / 2 - 1^2
+            "val/ratio": 1.25,  # (4 / 4 + 3 / 2) / 2
+            "val/ratio_var": 0.28125,  # (4.75 / 4 + 5 / 2) / 2 - 1.25^2
         },
         abs=1e-12,
     )

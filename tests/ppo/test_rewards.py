@@ -11,7 +11,12 @@ import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
-from transformers import LlamaForSequenceClassification, PreTrainedModel
+from transformers import (
+    GPT2Config,
+    GPT2ForSequenceClassification,
+    LlamaForSequenceClassification,
+    PreTrainedModel,
+)
 
 import tiny
 from trl_sync.errors import ConfigError, RewardError
@@ -105,6 +110,20 @@ def test_model_rewards_equal_the_classifier_on_each_sequence_alone(
     torch.testing.assert_close(found, expected, rtol=0.0, atol=2e-5)
 
 
+def test_positions_count_from_the_first_real_token() -> None:
+    # Of a model with absolute positions, which left padding would shift.
+    torch.manual_seed(4)
+    sizes = {"n_embd": 32, "n_layer": 2, "n_head": 2, "n_positions": 32, "vocab_size": 64}
+    model = GPT2ForSequenceClassification(GPT2Config(**sizes, num_labels=1)).eval()
+    with torch.no_grad():
+        model.score.weight *= 50
+        model.transformer.wpe.weight *= 50
+    expected = one_by_one(model, PROMPTS, RESPONSES)
+    source = ModelReward(model, tiny.tokenizer(), batch_size=4, device=CPU)
+    # atol: as above
+    torch.testing.assert_close(source(rollout()), expected, rtol=0.0, atol=2e-5)
+
+
 def test_an_adapter_really_changes_the_scores() -> None:
     plain = one_by_one(classifier().eval(), PROMPTS, RESPONSES)
     adapted = one_by_one(with_adapter(classifier()).eval(), PROMPTS, RESPONSES)
@@ -160,6 +179,7 @@ TWO = rollout(
     [[4, 5, 1], [5]],
     texts=["a", "ab"],
     columns={"answer": ["x", "y"], "weight": [1.0, 2.0]},
+    padding=9,  # an ordinary token: only the mask tells that it is none of the response
 )
 
 

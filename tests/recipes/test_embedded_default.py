@@ -347,7 +347,7 @@ def test_build_environment_is_that_of_one_process_on_one_device() -> None:
         "HOME": "/home/user",
         "PYTHONPATH": f"{RECIPES}{os.pathsep}/mine",
         "HF_HUB_OFFLINE": "1",
-        "OMP_WAIT_POLICY": "PASSIVE",
+        "GOMP_SPINCOUNT": "2000",
         "PYTHONUNBUFFERED": "1",
     }
 

@@ -21,22 +21,13 @@ from transformers import (
 )
 
 from trl_sync.backbone.export import ADAPTER_WEIGHTS, adapter_state
+from trl_sync.backbone.quantization import keep_packed_weights
 from trl_sync.backbone.roles import POLICY, REFERENCE, VALUE, freeze
 from trl_sync.backbone.routing import set_adapter_trainable
-from trl_sync.backbone.shared import SharedBackbone, default_lora_config, keep_packed_weights
+from trl_sync.backbone.shared import SharedBackbone, default_lora_config
 from trl_sync.errors import ConfigError
 
 ADAPTER_CONFIG = "adapter_config.json"
-
-
-def nf4_config(compute_dtype: torch.dtype = torch.float32) -> BitsAndBytesConfig:
-    """NF4 with double quantization, computing in `compute_dtype`."""
-    return BitsAndBytesConfig(
-        load_in_4bit=True,
-        bnb_4bit_quant_type="nf4",
-        bnb_4bit_use_double_quant=True,
-        bnb_4bit_compute_dtype=compute_dtype,
-    )
 
 
 def load_base(
@@ -124,7 +115,7 @@ def load_reward_model(
     *,
     quantization_config: BitsAndBytesConfig | None = None,
     **options: Any,
-) -> PreTrainedModel:
+) -> PreTrainedModel | PeftModel:
     """A frozen sequence classifier with one label, full or PEFT.
 
     Raises:

@@ -127,7 +127,7 @@ def chunked_token_statistics(
         return statistics(hidden, tokens)
     step: Callable[..., tuple[Tensor, Tensor]] = statistics
     if torch.is_grad_enabled():
-        contexts = {} if context_fn is None else {"context_fn": context_fn}
+        contexts: dict[str, Any] = {} if context_fn is None else {"context_fn": context_fn}
         step = functools.partial(checkpoint, statistics, use_reentrant=False, **contexts)
     parts = [
         step(part, targets)

@@ -15,6 +15,7 @@ from transformers import GenerationConfig, PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from trl_sync.backbone.logprob import CHUNK_BYTES, CausalHead, chunked_token_statistics
+from trl_sync.backbone.quantization import check_not_repacked, keep_packed_weights
 from trl_sync.backbone.roles import POLICY, REFERENCE, VALUE, Role
 from trl_sync.backbone.routing import (
     AdapterRouter,
@@ -65,9 +66,10 @@ class SharedBackbone(nn.Module):
                 "trl_sync.backbone.loading.load_shared_backbone."
             )
         peft_config = peft_config if peft_config is not None else default_lora_config()
+        check_lora_config(peft_config)
         value_peft_config = value_peft_config or _without_output_embeddings(model, peft_config)
-        for config in (peft_config, value_peft_config):
-            check_lora_config(config)
+        check_lora_config(value_peft_config)
+        check_not_repacked(model)
         keep_packed_weights(model)
         self.logprob_chunk_bytes = logprob_chunk_bytes
         self._head = CausalHead(model)
@@ -90,7 +92,6 @@ class SharedBackbone(nn.Module):
                 name=REFERENCE, adapter=REFERENCE if reference_adapter else None, trainable=False
             ),
         }
-        self._silence_base_dropout()
         self.train(False)
 
     @property
@@ -295,34 +296,6 @@ class SharedBackbone(nn.Module):
 
     def _trunk_device(self) -> torch.device:
         return self.causal_model.get_input_embeddings().weight.device
-
-    def _silence_base_dropout(self) -> None:
-        # Checkpointed layers carry the training flag, so dropout they apply themselves would run.
-        for module in self.peft_model.modules():
-            if isinstance(module, GradientCheckpointingLayer):
-                for name, value in vars(module).items():
-                    if "dropout" in name and isinstance(value, float):
-                        setattr(module, name, 0.0)
-
-
-def keep_packed_weights(model: nn.Module) -> None:
-    """Switches off that bitsandbytes repacks 4-bit weights in place for inference.
-
-    On CPUs with AVX512-BF16 the first forward in evaluation mode without gradients would round the
-    scales of the frozen base to bf16, and later backward passes would not go through the layer.
-
-    Raises:
-        ConfigError: it has happened already.
-    """
-    for name, module in model.named_modules():
-        if hasattr(module, "support_avx512bf16_for_cpu"):
-            state = getattr(module.weight, "quant_state", None)
-            if getattr(state, "packing_format_for_cpu", False):
-                raise ConfigError(
-                    f"{name} cannot be trained through: bitsandbytes repacked its 4-bit weights "
-                    "when the model ran in evaluation mode on this CPU. Load the model anew."
-                )
-            module.support_avx512bf16_for_cpu = False
 
 
 def default_lora_config() -> LoraConfig:

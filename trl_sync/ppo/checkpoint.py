@@ -23,7 +23,13 @@ from transformers.trainer import TRAINER_STATE_NAME, TRAINING_ARGS_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, SaveStrategy
 from transformers.utils import logging
 
-from trl_sync.backbone.export import load_adapters, save_adapters
+from trl_sync.backbone.export import (
+    ADAPTER_WEIGHTS,
+    VALUE_FOLDER,
+    VALUE_HEAD,
+    load_adapters,
+    save_adapters,
+)
 from trl_sync.backbone.fingerprint import fingerprint
 from trl_sync.errors import CheckpointError
 from trl_sync.ppo.config import BatchPlan, PPOConfig
@@ -43,6 +49,7 @@ class CheckpointMixin(Trainer):
     plan: BatchPlan
     backbone: Any
     _deferred_save = False
+    _deferred_evaluation = False
     _base_fingerprint: str | None = None
 
     def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> Any:
@@ -51,6 +58,7 @@ class CheckpointMixin(Trainer):
         Raises:
             CheckpointError: there is none, or it belongs to another base or configuration.
         """
+        self._deferred_save = self._deferred_evaluation = False
         if resume_from_checkpoint is True:
             resume_from_checkpoint = last_whole_checkpoint(self.args)
         if resume_from_checkpoint:
@@ -59,14 +67,14 @@ class CheckpointMixin(Trainer):
 
     def _maybe_log_save_evaluate(self, *args: Any, **kwargs: Any) -> None:
         inside = self.state.global_step % self.plan.updates_per_iteration != 0
-        if inside and self._saves_best():
-            # The evaluation decides on saving, so both wait.
-            self.control.should_evaluate = False
-        if inside and self.control.should_save:
-            self._defer_save()
-        elif not inside and self._deferred_save:
-            self._deferred_save, self.control.should_save = False, True
-        if self.control.should_save:
+        if inside:
+            self._defer_to_end_of_iteration()
+        else:
+            self.control.should_evaluate |= self._deferred_evaluation
+            self.control.should_save |= self._deferred_save
+            self._deferred_evaluation = self._deferred_save = False
+        may_save = self.control.should_save or (self.control.should_evaluate and self._saves_best())
+        if may_save:
             # What was measured since the last log is not in the checkpoint: log it now.
             self.control.should_log = True
         super()._maybe_log_save_evaluate(*args, **kwargs)
@@ -75,14 +83,18 @@ class CheckpointMixin(Trainer):
         best = self.args.save_strategy == SaveStrategy.BEST
         return bool(best or self.args.load_best_model_at_end)
 
-    def _defer_save(self) -> None:
-        updates = self.plan.updates_per_iteration
-        end = -(-self.state.global_step // updates) * updates
-        logger.info(
-            f"Step {self.state.global_step} lies inside an iteration of {updates} updates: the "
-            f"checkpoint is written at step {end}."
-        )
-        self._deferred_save, self.control.should_save = True, False
+    def _defer_to_end_of_iteration(self) -> None:
+        if self.control.should_evaluate and self._saves_best():
+            # The evaluation decides on saving, so both wait.
+            self._deferred_evaluation, self.control.should_evaluate = True, False
+        if self.control.should_save:
+            updates = self.plan.updates_per_iteration
+            end = -(-self.state.global_step // updates) * updates
+            logger.info(
+                f"Step {self.state.global_step} lies inside an iteration of {updates} updates: the "
+                f"checkpoint is written at step {end}."
+            )
+            self._deferred_save, self.control.should_save = True, False
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         if not self.args.should_save:
@@ -118,10 +130,11 @@ class CheckpointMixin(Trainer):
         }
 
     def _check_checkpoint(self, folder: Path) -> None:
-        if not is_whole(folder, self.args.world_size):
+        missing = missing_files(folder)
+        if missing:
             raise CheckpointError(
-                f"{folder} is not a whole checkpoint: {TRAINER_STATE_NAME}, {STATE_FILE} or a "
-                "random state is missing. Was the run killed while it saved?"
+                f"{folder} is not a whole checkpoint: {', '.join(missing)} missing or cut short. "
+                "Was the run killed while it saved?"
             )
         saved, own = json.loads((folder / STATE_FILE).read_text()), self._identity()
         different = [name for name in own if saved.get(name) != own[name]]
@@ -139,17 +152,28 @@ class CheckpointMixin(Trainer):
             )
 
 
-def is_whole(folder: Path, world_size: int) -> bool:
-    """Whether `folder` holds all that resuming needs; the training state is written last."""
-    names = ["rng_state.pth"] if world_size <= 1 else []
-    names += [f"rng_state_{rank}.pth" for rank in range(world_size)] if world_size > 1 else []
-    if not all((folder / name).is_file() for name in (*names, STATE_FILE, TRAINER_STATE_NAME)):
-        return False
+def missing_files(folder: Path) -> list[str]:
+    """What `folder` lacks of all that resuming needs; the training state is written last."""
+    saved = _read_json(folder / STATE_FILE)
+    ranks = int(saved.get("world_size", 1))
+    names = ["rng_state.pth"] if ranks == 1 else [f"rng_state_{rank}.pth" for rank in range(ranks)]
+    names += [ADAPTER_WEIGHTS, f"{VALUE_FOLDER}/{ADAPTER_WEIGHTS}", f"{VALUE_FOLDER}/{VALUE_HEAD}"]
+    missing = [name for name in names if not (folder / name).is_file()]
+    # Without a file the stock loop would begin with a fresh optimizer, in silence. DeepSpeed keeps
+    # optimizer and scheduler in a folder that it names in `latest`.
+    if not (folder / "latest").is_file():
+        missing += [n for n in ("optimizer", "scheduler") if not list(folder.glob(f"{n}*"))]
+    states = {STATE_FILE: saved, TRAINER_STATE_NAME: _read_json(folder / TRAINER_STATE_NAME)}
+    return missing + [name for name, content in states.items() if not content]
+
+
+def _read_json(file: Path) -> dict[str, Any]:
+    """The content of `file`; nothing if it does not exist or is cut short."""
     try:
-        json.loads((folder / TRAINER_STATE_NAME).read_text())
-    except json.JSONDecodeError:
-        return False
-    return True
+        content: dict[str, Any] = json.loads(file.read_text())
+    except (OSError, json.JSONDecodeError):
+        return {}
+    return content
 
 
 def last_whole_checkpoint(args: PPOConfig) -> str:
@@ -162,7 +186,7 @@ def last_whole_checkpoint(args: PPOConfig) -> str:
     steps = {}
     for folder in Path(args.output_dir).glob(f"{PREFIX_CHECKPOINT_DIR}-*"):
         match = pattern.fullmatch(folder.name)
-        if match and is_whole(folder, args.world_size):
+        if match and not missing_files(folder):
             steps[int(match[1])] = folder
     if not steps:
         raise CheckpointError(

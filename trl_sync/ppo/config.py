@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
+import os
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from transformers import TrainingArguments
@@ -29,6 +30,10 @@ class PPOConfig(TrainingArguments):
     Raises:
         ConfigError: sizes that do not divide, or a setting out of its range.
     """
+
+    if TYPE_CHECKING:  # two fields of TrainingArguments that are set below
+        gradient_accumulation_steps: int
+        ddp_find_unused_parameters: bool | None
 
     # Named in TRL but read-only here: filled in below the class.
     world_size: int | None = field(
@@ -98,7 +103,7 @@ class PPOConfig(TrainingArguments):
     )
     reward_model_path: str = field(
         default="EleutherAI/pythia-160m",
-        metadata={"help": "Read by scripts only: path or hub name of a sequence classifier."},
+        metadata={"help": "Reward model of a recipe: path or hub name of a sequence classifier."},
     )
     num_total_batches: int | None = field(
         default=None, metadata={"help": "Computed: number of rollout batches. Do not set."}
@@ -149,6 +154,9 @@ class PPOConfig(TrainingArguments):
     )
 
     def __post_init__(self) -> None:
+        if launched_processes() > 1 and not torch.accelerator.is_available():
+            # Without this accelerate looks for GPUs, finds none, and each rank trains alone.
+            self.use_cpu = True
         if self.bf16 is None:
             self.bf16 = not self.fp16 and _computes_bf16_natively(bool(self.use_cpu))
         # transformers 5.23 renamed these two; both names work here, without a warning.
@@ -222,6 +230,11 @@ def _check_world_size(config: PPOConfig, value: Any) -> None:
 PPOConfig.world_size = property(_world_size, _set_world_size)  # type: ignore[assignment]
 
 
+def launched_processes() -> int:
+    """How many processes the launcher says there are."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
 def _computes_bf16_natively(use_cpu: bool) -> bool:
     if use_cpu or not torch.cuda.is_available():
         return False
@@ -284,7 +297,8 @@ class BatchPlan:
                 inside an iteration.
         """
         assert config.local_batch_size is not None  # set by PPOConfig
-        batch_size = config.local_batch_size * config.world_size
+        world_size = _world_size(config)
+        batch_size = config.local_batch_size * world_size
         if dataset_rows < batch_size:
             raise ConfigError(
                 f"The dataset has {dataset_rows} prompts, fewer than one rollout batch of "
@@ -306,7 +320,7 @@ class BatchPlan:
         else:
             num_iterations = math.ceil(config.num_train_epochs * iterations_per_epoch)
         return cls(
-            world_size=config.world_size,
+            world_size=world_size,
             local_micro_batch_size=config.per_device_train_batch_size,
             local_mini_batch_size=config.local_batch_size // config.num_mini_batches,
             local_batch_size=config.local_batch_size,

@@ -221,5 +221,5 @@ def raise_together(accelerator: Accelerator, error: Exception | None) -> None:
         raise error
     if total:
         raise RewardError(
-            f"Scoring failed on {total} other process(es); their output says why. Stopping here too."
+            f"Scoring failed on {total} other process(es); their output says why. Stopping too."
         )

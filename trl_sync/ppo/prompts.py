@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from datasets import Dataset, IterableDataset
@@ -69,7 +69,7 @@ class PromptDataset:
             prompts = self._tokenizer.batch_decode(token_ids, skip_special_tokens=True)
         return PromptBatch(prompts=prompts, token_ids=token_ids, columns=rows)
 
-    def _tokenize(self, row: dict[str, Any], index: int) -> dict[str, list[int]]:
+    def _tokenize(self, row: Mapping[str, Any], index: int) -> dict[str, list[int]]:
         prompt = row[self._prompt_column]
         if self._prompt_column == "input_ids":
             _check_prompt(index, prompt, list, "a list of token ids")

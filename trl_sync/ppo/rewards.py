@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import math
 from collections.abc import Callable, Iterable
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Protocol, cast, runtime_checkable
 
 import torch
 from jaxtyping import Float
@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from trl_sync.backbone.loading import load_reward_model
+from trl_sync.backbone.quantization import keep_packed_weights
 from trl_sync.backbone.roles import freeze
 from trl_sync.errors import ConfigError, RewardError
 from trl_sync.ppo.batch import Rollout
@@ -79,7 +80,8 @@ class ModelReward:
     ) -> None:
         self.model = model
         self.name = "reward model"
-        self._inner: Any = model.base_model.model if isinstance(model, PeftModel) else model
+        inner = model.base_model.model if isinstance(model, PeftModel) else model
+        self._inner = cast(Any, inner)
         self._batch_size = batch_size
         if not hasattr(self._inner, "score"):
             raise ConfigError(
@@ -96,6 +98,7 @@ class ModelReward:
             tokenizer, self._inner.get_input_embeddings().weight.shape[0], "reward model"
         )
         freeze(model)
+        keep_packed_weights(model)
         if not getattr(self._inner, "is_quantized", False):
             model.to(device)
 

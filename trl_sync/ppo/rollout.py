@@ -38,6 +38,7 @@ class Sampling:
             max_new_tokens=self.response_length,
             eos_token_id=list(self.stop_token_ids) or None,
             pad_token_id=0,
+            use_cache=True,
             repetition_penalty=1.0,
             no_repeat_ngram_size=0,
             **({"do_sample": False} if self.greedy else drawn),

@@ -26,7 +26,7 @@ from trl_sync.backbone.roles import POLICY, VALUE, check_frozen
 from trl_sync.backbone.shared import SharedBackbone
 from trl_sync.errors import ConfigError
 from trl_sync.ppo.checkpoint import CheckpointMixin
-from trl_sync.ppo.config import BatchPlan, PPOConfig
+from trl_sync.ppo.config import BatchPlan, PPOConfig, launched_processes
 from trl_sync.ppo.evaluation import EvaluationBatch, EvaluationLoader, evaluate_prompts
 from trl_sync.ppo.experience import EVALUATION, ExperienceLoader, reduce_sum
 from trl_sync.ppo.loss import policy_loss, value_loss
@@ -84,6 +84,7 @@ class PPOTrainer(CheckpointMixin):
         base = model.causal_model if isinstance(model, SharedBackbone) else model
         check_tokenizer(processing_class, base.get_input_embeddings().weight.shape[0])
         train_prompts = _prompts(train_dataset, "train_dataset", processing_class, args, base)
+        eval_prompts = _eval_prompts(eval_dataset, processing_class, args, base)
         self.plan = BatchPlan.derive(args, len(train_prompts))
         self.plan.fill_in(args)
         # Own position: the stock one would roll out everything again, see ppo/checkpoint.py.
@@ -105,19 +106,19 @@ class PPOTrainer(CheckpointMixin):
             temperature=args.temperature,
             stop_token_ids=stop_token_ids(args, processing_class, base),
         )
+        self._check_roles()
         self._train_started_s = time.perf_counter()
         self._first_step = 0
         super().__init__(
             model=model,
             args=args,
             train_dataset=train_prompts,
-            eval_dataset=_eval_prompts(eval_dataset, processing_class, args, base),
+            eval_dataset=eval_prompts,
             processing_class=processing_class,
             callbacks=callbacks,
             optimizers=optimizers,
         )
         self.metrics = MetricBuffer(lambda tensor: reduce_sum(self.accelerator, tensor))
-        self._check_roles()
         self._set_up_callbacks()
 
     @property
@@ -291,9 +292,12 @@ class PPOTrainer(CheckpointMixin):
 
         With `sampling` only to the first batch of each process, as during training.
         """
-        columns = self.completions(greedy=True, num_batches=1 if sampling else None)
-        if self.is_world_process_zero():
-            print_completions(columns, title=f"step {self.state.global_step}")
+        several = isinstance(self.eval_dataset, dict)
+        for name in self.eval_dataset if several else [None]:
+            columns = self.completions(name, greedy=True, num_batches=1 if sampling else None)
+            if self.is_world_process_zero():
+                title = f"step {self.state.global_step}"
+                print_completions(columns, title=f"{title}, {name}" if several else title)
 
     def _answer(
         self, batch: EvaluationBatch, sampling: Sampling, role: str
@@ -356,6 +360,12 @@ def _check_settings(args: PPOConfig) -> None:
     if not isinstance(args, PPOConfig):
         raise ConfigError(
             f"args must be a trl_sync.PPOConfig, got {type(args).__module__}.{type(args).__name__}."
+        )
+    if launched_processes() != args.world_size:
+        raise ConfigError(
+            f"The launcher started {launched_processes()} processes, but accelerate sees "
+            f"{args.world_size}: each would train alone. Make PPOConfig before anything else uses "
+            "accelerate, and on a CPU set use_cpu=True."
         )
     refused = {
         "use_vllm": "rollouts use transformers' generate. Set use_vllm=False",

@@ -1,0 +1,69 @@
+"""In CI (environment variable CI) a run also fails when a required test did not run.
+
+A pytest plugin, loaded by conftest.py. A test may be skipped only if it is marked `gpu` and there
+is no GPU. A run of the whole suite must contain tests of every kind in REQUIRED.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import pytest
+
+REQUIRED = ("ranks", "oracle")
+
+
+class Gate:
+    """Counts what was skipped and which kinds of tests ran."""
+
+    def __init__(self) -> None:
+        self.skipped: list[str] = []
+        self.ran: set[str] = set()
+        self.whole_suite = True
+
+    def complaints(self) -> list[str]:
+        missing = [f"no test marked {name!r} ran" for name in REQUIRED if name not in self.ran]
+        return self.skipped + (missing if self.whole_suite else [])
+
+    def pytest_collection_modifyitems(self, session: pytest.Session) -> None:
+        options = session.config.option
+        from_the_settings = session.config.args_source is pytest.Config.ArgsSource.TESTPATHS
+        narrowed = options.keyword or options.markexpr or options.deselect or options.collectonly
+        self.whole_suite = bool(from_the_settings and not narrowed)
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        if report.skipped and not hasattr(report, "wasxfail"):
+            self._add_skip(report, excused="gpu" in report.keywords and not _has_gpu())
+        elif report.when == "call":
+            self.ran |= {name for name in REQUIRED if name in report.keywords}
+
+    def pytest_collectreport(self, report: pytest.CollectReport) -> None:
+        if report.skipped:
+            self._add_skip(report, excused=False)
+
+    def pytest_sessionfinish(self, session: pytest.Session, exitstatus: int) -> None:
+        if self.complaints() and exitstatus == pytest.ExitCode.OK:
+            session.exitstatus = pytest.ExitCode.TESTS_FAILED
+
+    def pytest_terminal_summary(self, terminalreporter: Any) -> None:
+        if self.complaints():
+            terminalreporter.section("required tests that did not run", red=True)
+            for line in self.complaints():
+                terminalreporter.line(line)
+
+    def _add_skip(self, report: Any, *, excused: bool) -> None:
+        if not excused:
+            reason = report.longrepr[2] if isinstance(report.longrepr, tuple) else report.longrepr
+            self.skipped.append(f"{report.nodeid}: {reason}")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if os.environ.get("CI"):
+        config.pluginmanager.register(Gate())
+
+
+def _has_gpu() -> bool:
+    import torch
+
+    return torch.cuda.is_available()
