@@ -234,10 +234,14 @@ def test_training_moves_policy_value_adapter_and_value_head_and_nothing_else(
 
 
 def test_the_seed_decides_everything(tmp_path: Path) -> None:
-    def run(name: str, seed: int) -> Any:
-        return runs.train(tmp_path / name, seed=seed, peft_config=runs.lora(lora_dropout=0.2))
+    def run(name: str, seed: int, drawn_before: int) -> Any:
+        model = tiny.llama()
+        torch.manual_seed(drawn_before)
+        lora = runs.lora(lora_dropout=0.2)
+        return runs.train(tmp_path / name, model=model, seed=seed, peft_config=lora)
 
-    first, again, other = run("first", 1), run("again", 1), run("other", 2)
+    first, again = run("first", 1, drawn_before=1), run("again", 1, drawn_before=2)
+    other = run("other", 2, drawn_before=1)
     assert runs.same(runs.trained(first), runs.trained(again))
     scores = [[r["objective/kl"] for r in runs.rows(t, "objective/kl")] for t in (first, again)]
     assert scores[0] == scores[1]
@@ -245,6 +249,15 @@ def test_the_seed_decides_everything(tmp_path: Path) -> None:
         torch.equal(tensor, runs.trained(other)[name])
         for name, tensor in runs.trained(first).items()
     )
+
+
+def test_rollouts_do_not_depend_on_what_else_is_drawn(tmp_path: Path) -> None:
+    def draw(state: Any, control: Any) -> None:
+        torch.rand(3)
+
+    plain = runs.train(tmp_path / "plain")
+    other = runs.train(tmp_path / "other", callbacks=[runs.At("on_substep_end", draw)])
+    assert runs.same(runs.trained(plain), runs.trained(other))
 
 
 def test_it_learns(tmp_path: Path) -> None:

@@ -104,11 +104,19 @@ def test_gradient_checkpointing_recomputes_and_changes_no_number(tmp_path: Path)
     assert runs.same(plain, checkpointed)  # the same operations with the same dropout
 
 
-def test_bf16_reaches_generation_scoring_and_training(tmp_path: Path) -> None:
+def test_bf16_reaches_generation_scoring_rewards_and_training(tmp_path: Path) -> None:
+    phases = ("generate", "score", "reward", "train")
+
     def dtypes(bf16: bool) -> tuple[dict[str, set[torch.dtype]], Any]:
-        found: dict[str, set[torch.dtype]] = {"generate": set(), "score": set(), "train": set()}
+        found: dict[str, set[torch.dtype]] = {phase: set() for phase in phases}
+        reward = tiny.reward_llama()
         trainer = runs.make(
-            tmp_path / str(bf16), kind=runs.WatchedTrainer, bf16=bf16, total_episodes=32
+            tmp_path / str(bf16),
+            reward=reward,
+            kind=runs.WatchedTrainer,
+            eval_prompts=tiny.prompts(3),
+            bf16=bf16,
+            total_episodes=32,
         )
         causal, generating = trainer.backbone.causal_model, [False]
         generate = causal.generate
@@ -126,11 +134,15 @@ def test_bf16_reaches_generation_scoring_and_training(tmp_path: Path) -> None:
 
         causal.generate = watched
         causal.model.layers[0].self_attn.q_proj.register_forward_hook(keep)
+        reward.model.layers[0].self_attn.q_proj.register_forward_hook(
+            lambda layer, args, output: found["reward"].add(output.dtype)
+        )
+        trainer.evaluate()  # before accelerate prepares the model
+        trainer.completions()
         trainer.train()
         assert all(p.dtype == torch.float32 for p in runs.trained(trainer).values())
         return found, trainer
 
-    phases = ("generate", "score", "train")
     plain, _ = dtypes(False)
     assert plain == {phase: {torch.float32} for phase in phases}
     half, trainer = dtypes(True)

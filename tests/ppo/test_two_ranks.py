@@ -63,6 +63,7 @@ def mini_batch_gradient(folder: Path) -> dict[str, Any]:
 def short_run(folder: Path) -> dict[str, Any]:
     """A run of 12 updates: initial and trained parameters, log, and every micro-batch."""
     rank, _ = rank_and_size()
+    model = tiny.llama()
     torch.manual_seed(1000 + rank)  # what a script may have drawn before
     scores: list[float] = []
     rollouts: list[list[str]] = []
@@ -74,6 +75,7 @@ def short_run(folder: Path) -> dict[str, Any]:
 
     trainer = runs.make(
         folder,
+        model=model,
         reward=reward,
         kind=runs.WatchedTrainer,
         stop_token=None,
