@@ -19,6 +19,8 @@ from trl_sync import (
     load_reward_model,
     load_shared_backbone,
 )
+from trl_sync.backbone.loading import is_adapter
+from trl_sync.backbone.quantization import nf4_config
 
 
 @dataclass
@@ -39,6 +41,9 @@ class ScriptArguments:
     reward_function: str | None = field(
         default=None,
         metadata={"help": "Reward from Python, as file.py:name, instead of --reward_model_path."},
+    )
+    reward_load_in_4bit: bool = field(
+        default=False, metadata={"help": "Load the reward model in 4-bit NF4."}
     )
     no_quantization: bool = field(
         default=False, metadata={"help": "Keep the base in --dtype instead of 4-bit NF4."}
@@ -86,9 +91,11 @@ def make_parser(description: str) -> TrlParser:
 
 def load_policy(path: str, script: ScriptArguments, model_args: ModelConfig) -> SharedBackbone:
     """The base, in NF4 unless told otherwise, with LoRA on every linear layer by default."""
-    if not (script.no_quantization or model_args.load_in_8bit):
+    if script.no_quantization and (model_args.load_in_4bit or model_args.load_in_8bit):
+        raise ConfigError("--no_quantization and --load_in_4bit/8bit exclude each other.")
+    if not (script.no_quantization or model_args.load_in_4bit or model_args.load_in_8bit):
         model_args.load_in_4bit, model_args.use_bnb_nested_quant = True, True
-    if (Path(path) / "adapter_config.json").is_file():
+    if is_adapter(path):
         peft_config = None  # an SFT adapter brings its own
     else:
         model_args.use_peft = True
@@ -117,9 +124,14 @@ def load_reward(script: ScriptArguments, config: PPOConfig, embedded: Any) -> An
         module = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(module)
         return getattr(module, name)
-    if config.reward_model_path != PPOConfig.reward_model_path:
-        return load_reward_model(config.reward_model_path)
-    return None if embedded is None else load_reward_model(str(embedded.reward_model_path))
+    path = config.reward_model_path
+    if path == PPOConfig.reward_model_path:  # TRL's default, which is not a reward model
+        if embedded is None:
+            return None
+        path = str(embedded.reward_model_path)
+    return load_reward_model(
+        path, quantization_config=nf4_config() if script.reward_load_in_4bit else None
+    )
 
 
 def load_prompts(
@@ -141,6 +153,8 @@ def load_prompts(
     train = splits[script.dataset_train_split]
     if script.dataset_test_split is not None:
         return train, splits[script.dataset_test_split]
+    if len(train) < 2:
+        raise ConfigError(f"The dataset has {len(train)} prompts: too few to hold any out.")
     held_out = train.train_test_split(test_size=max(1, len(train) // 20), seed=config.seed)
     return held_out["train"], held_out["test"]
 

@@ -24,7 +24,7 @@ from typing import Any
 
 import yaml
 from transformers import AutoTokenizer, set_seed
-from trl import ModelConfig
+from trl import ModelConfig, TrlParser
 
 from embedded_default import embedded_default, judge
 from inputs import (
@@ -44,9 +44,8 @@ EMBEDDED_SETTINGS = Path(__file__).parent / "ppo_embedded.yaml"
 
 
 def main() -> None:
-    script, config, model_args = parse_arguments()
     try:
-        run(script, config, model_args)
+        run(*parse_arguments())
     except ConfigError as error:
         sys.exit(f"error: {error}")
 
@@ -54,11 +53,13 @@ def main() -> None:
 def parse_arguments() -> tuple[ScriptArguments, PPOConfig, ModelConfig]:
     """Flags over --config file over, for the embedded default, its own settings."""
     parser = make_parser(__doc__)
-    parsed = parser.parse_args_and_config()
-    if parsed[-1].model_name_or_path is None:
+    # The model alone first: PPOConfig checks its sizes, which the embedded settings decide.
+    model_args, *_ = TrlParser(ModelConfig, add_help=False).parse_args_and_config(
+        return_remaining_strings=True
+    )
+    if model_args.model_name_or_path is None:
         parser.set_defaults_with_config(**yaml.safe_load(EMBEDDED_SETTINGS.read_text()))
-        parsed = parser.parse_args_and_config()
-    return parsed
+    return parser.parse_args_and_config()
 
 
 def run(script: ScriptArguments, config: PPOConfig, model_args: ModelConfig) -> None:
@@ -68,7 +69,9 @@ def run(script: ScriptArguments, config: PPOConfig, model_args: ModelConfig) -> 
     set_seed(config.seed)  # the adapters are drawn before the trainer is made
     trainer = PPOTrainer(
         config,
-        AutoTokenizer.from_pretrained(model_path, padding_side="left"),
+        AutoTokenizer.from_pretrained(
+            model_path, revision=model_args.model_revision, padding_side="left"
+        ),
         load_policy(model_path, script, model_args),
         reward_model=load_reward(script, config, embedded),
         train_dataset=train,
@@ -109,6 +112,8 @@ def write_outcome(trainer: PPOTrainer, summary: dict[str, Any], folder: Path) ->
         plot_learning_curve(trainer.state.log_history, folder / "learning_curve.png")
     except ImportError:
         print("learning_curve.png needs matplotlib: pip install 'trl-sync[report]'")
+    except ValueError as error:
+        print(f"no learning_curve.png: {error}")
 
 
 def show(before: dict[str, Any], after: dict[str, Any], summary: dict[str, Any]) -> None:

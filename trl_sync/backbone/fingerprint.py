@@ -37,9 +37,12 @@ def base_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
         scales = getattr(getattr(module, "state", None), "SCB", None)
         if isinstance(scales, Tensor):
             yield f"{name.replace('.base_layer', '')}.weight.SCB", scales
-    for name, buffer in model.named_buffers():
-        if "lora_" not in name:
-            yield name.replace(".base_layer", ""), buffer
+    for prefix, module in model.named_modules():
+        for name, buffer in module.named_buffers(prefix, recurse=False):
+            # What is computed rather than loaded, such as rotary frequencies, differs by device.
+            computed = name.rpartition(".")[2] in module._non_persistent_buffers_set
+            if not computed and "lora_" not in name:
+                yield name.replace(".base_layer", ""), buffer
 
 
 def fingerprint(model: nn.Module) -> str:

@@ -54,6 +54,8 @@ def load_base(
             device_map={"": device},
             **options,
         )
+    except torch.OutOfMemoryError:
+        raise
     except (ImportError, RuntimeError, NotImplementedError) as error:
         raise ConfigError(
             f"{model_name_or_path} cannot be loaded with {_describe(quantization_config)} on "
@@ -170,6 +172,11 @@ def initialise_value(backbone: SharedBackbone, reward_model_path: str) -> None:
     if folder is not None:
         adapter = load_file(folder / ADAPTER_WEIGHTS)
         _load_lora(backbone, VALUE, {n: t for n, t in adapter.items() if "lora_" in n})
+
+
+def is_adapter(path: str) -> bool:
+    """Whether a hub name or directory holds an adapter rather than a whole model."""
+    return _adapter_folder(path) is not None
 
 
 def _adapter_folder(path: str) -> Path | None:

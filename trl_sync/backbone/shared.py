@@ -80,7 +80,8 @@ class SharedBackbone(nn.Module):
         if reference_adapter:
             self.peft_model.add_adapter(REFERENCE, copy.deepcopy(peft_config))
         self.router = AdapterRouter(self.peft_model)
-        # fp32 whatever the base: one row of weights costs nothing, and returns are regressed on it.
+        # fp32 whatever the base, and outside autocast: one row of weights costs nothing, and
+        # returns are regressed on it.
         self.value_head = nn.Linear(_hidden_size(model), 1, device=self._trunk_device())
         nn.init.zeros_(self.value_head.weight)
         nn.init.zeros_(self.value_head.bias)
@@ -266,7 +267,8 @@ class SharedBackbone(nn.Module):
     def _values(
         self, states: Float[Tensor, "B R H"], mask: Bool[Tensor, "B R"]
     ) -> Float[Tensor, "B R"]:
-        values = self.value_head(states.to(self.value_head.weight.dtype)).squeeze(-1)
+        with torch.autocast(states.device.type, enabled=False):
+            values = self.value_head(states.to(self.value_head.weight.dtype)).squeeze(-1)
         return values.float().masked_fill(~mask, 0.0)
 
     def _token_statistics(

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from transformers import Trainer
 from transformers.trainer import TRAINER_STATE_NAME, TRAINING_ARGS_NAME
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, SaveStrategy
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, IntervalStrategy, SaveStrategy
 from transformers.utils import logging
 
 from trl_sync.backbone.export import (
@@ -33,6 +33,7 @@ from trl_sync.backbone.export import (
 from trl_sync.backbone.fingerprint import fingerprint
 from trl_sync.errors import CheckpointError
 from trl_sync.ppo.config import BatchPlan, PPOConfig
+from trl_sync.ppo.rollout import Sampling
 
 logger = logging.get_logger(__name__)
 
@@ -48,8 +49,10 @@ class CheckpointMixin(Trainer):
 
     plan: BatchPlan
     backbone: Any
+    sampling: Sampling
     _deferred_save = False
     _deferred_evaluation = False
+    _deferred_stop = False
     _base_fingerprint: str | None = None
 
     def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> Any:
@@ -58,7 +61,7 @@ class CheckpointMixin(Trainer):
         Raises:
             CheckpointError: there is none, or it belongs to another base or configuration.
         """
-        self._deferred_save = self._deferred_evaluation = False
+        self._deferred_save = self._deferred_evaluation = self._deferred_stop = False
         if resume_from_checkpoint is True:
             resume_from_checkpoint = last_whole_checkpoint(self.args)
         if resume_from_checkpoint:
@@ -72,11 +75,14 @@ class CheckpointMixin(Trainer):
         else:
             self.control.should_evaluate |= self._deferred_evaluation
             self.control.should_save |= self._deferred_save
-            self._deferred_evaluation = self._deferred_save = False
+            self.control.should_training_stop |= self._deferred_stop
+            self._deferred_evaluation = self._deferred_save = self._deferred_stop = False
         may_save = self.control.should_save or (self.control.should_evaluate and self._saves_best())
         if may_save:
             # What was measured since the last log is not in the checkpoint: log it now.
             self.control.should_log = True
+        if self.state.global_step >= self.state.max_steps:
+            self.control.should_log = self.args.logging_strategy != IntervalStrategy.NO
         super()._maybe_log_save_evaluate(*args, **kwargs)
 
     def _saves_best(self) -> bool:
@@ -95,6 +101,9 @@ class CheckpointMixin(Trainer):
                 f"checkpoint is written at step {end}."
             )
             self._deferred_save, self.control.should_save = True, False
+        if self._deferred_save and self.control.should_training_stop:
+            # Whoever asked for a checkpoint and a stop, short of time perhaps, gets both.
+            self._deferred_stop, self.control.should_training_stop = True, False
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         if not self.args.should_save:
@@ -125,7 +134,10 @@ class CheckpointMixin(Trainer):
             "num_ppo_epochs": self.plan.num_ppo_epochs,
             "world_size": self.plan.world_size,
             "num_prompts": len(self.train_dataset),
+            "prompts": self.train_dataset.fingerprint(),
             "response_length": args.response_length,
+            "temperature": args.temperature,
+            "stop_token_ids": list(self.sampling.stop_token_ids),
             "seed": args.seed,
         }
 
@@ -135,6 +147,12 @@ class CheckpointMixin(Trainer):
             raise CheckpointError(
                 f"{folder} is not a whole checkpoint: {', '.join(missing)} missing or cut short. "
                 "Was the run killed while it saved?"
+            )
+        step = json.loads((folder / TRAINER_STATE_NAME).read_text())["global_step"]
+        if step % self.plan.updates_per_iteration:
+            raise CheckpointError(
+                f"{folder} was saved at step {step}, inside an iteration of "
+                f"{self.plan.updates_per_iteration} updates, and cannot be continued."
             )
         saved, own = json.loads((folder / STATE_FILE).read_text()), self._identity()
         different = [name for name in own if saved.get(name) != own[name]]

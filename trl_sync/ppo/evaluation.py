@@ -11,8 +11,9 @@ from accelerate import Accelerator
 
 from trl_sync.ppo.advantage import kl_estimate
 from trl_sync.ppo.batch import PromptBatch
+from trl_sync.ppo.collectives import reduce_sum, together
 from trl_sync.ppo.config import PPOConfig
-from trl_sync.ppo.experience import Metrics, raise_together, reduce_sum
+from trl_sync.ppo.experience import Metrics
 from trl_sync.ppo.prompts import PromptDataset
 from trl_sync.ppo.rewards import RewardSource
 from trl_sync.ppo.rollout import Sampling, roll_out
@@ -63,16 +64,16 @@ def evaluate_prompts(
         RewardError: on every process, if scoring failed on one.
     """
     sums = torch.zeros(5, dtype=torch.float64, device=accelerator.device)
-    error: Exception | None = None
-    for batch in loader:
-        rollout = roll_out(
-            model,
-            batch.prompts,
-            sampling,
-            batch_size=config.local_rollout_forward_batch_size,
-            device=accelerator.device,
-        )
-        try:
+
+    def answer_all() -> None:
+        for batch in loader:
+            rollout = roll_out(
+                model,
+                batch.prompts,
+                sampling,
+                batch_size=config.local_rollout_forward_batch_size,
+                device=accelerator.device,
+            )
             scored = score(
                 model,
                 rollout,
@@ -81,15 +82,13 @@ def evaluate_prompts(
                 batch_size=config.local_rollout_forward_batch_size,
                 missing_eos_penalty=config.missing_eos_penalty,
             )
-        except Exception as caught:  # shared with the other ranks below, then raised
-            error = caught
-            continue
-        mask = rollout.response_mask
-        kl = kl_estimate(scored.logprobs, scored.reference_logprobs, mask, config.kl_estimator)
-        columns = (scored.scores, kl.sum(1), mask.sum(1), rollout.stopped)
-        counted = [column[: batch.num_counted].double().sum() for column in columns]
-        sums += torch.stack([*counted, sums.new_tensor(batch.num_counted)])
-    raise_together(accelerator, error)
+            mask = rollout.response_mask
+            kl = kl_estimate(scored.logprobs, scored.reference_logprobs, mask, config.kl_estimator)
+            columns = (scored.scores, kl.sum(1), mask.sum(1), rollout.stopped)
+            counted = [column[: batch.num_counted].double().sum() for column in columns]
+            sums.add_(torch.stack([*counted, sums.new_tensor(batch.num_counted)]))
+
+    together(accelerator, answer_all)
     scores, kl_sum, length, stopped, count = reduce_sum(accelerator, sums).tolist()
     return {
         "objective/scores": scores / count,

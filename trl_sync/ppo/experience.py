@@ -15,7 +15,6 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
-from trl_sync.errors import RewardError
 from trl_sync.ppo.advantage import (
     explained_variance,
     generalized_advantages,
@@ -24,6 +23,7 @@ from trl_sync.ppo.advantage import (
     whiten,
 )
 from trl_sync.ppo.batch import Experience, Rollout, ScoredRollout
+from trl_sync.ppo.collectives import reduce_sum, together
 from trl_sync.ppo.config import BatchPlan, PPOConfig
 from trl_sync.ppo.prompts import PromptDataset
 from trl_sync.ppo.rewards import RewardSource
@@ -88,9 +88,9 @@ class ExperienceLoader:
         rank, ranks = self._accelerator.process_index, self._plan.world_size
         self._model.eval()
         with seeded(self._accelerator.device, self._config.seed, _SAMPLING, iteration, rank):
-            rollout = self._roll_out(indices[rank::ranks])
+            rollout = together(self._accelerator, lambda: self._roll_out(indices[rank::ranks]))
         rolled_out_s = time.perf_counter()
-        scored = self._score(rollout)
+        scored = together(self._accelerator, lambda: self._score(rollout))
         experience, metrics = make_experience(scored, self._config, self._reduce_sum)
         metrics["time/rollout_s"] = rolled_out_s - started_s
         metrics["time/score_s"] = time.perf_counter() - rolled_out_s
@@ -114,23 +114,15 @@ class ExperienceLoader:
             )
 
     def _score(self, rollout: Rollout) -> ScoredRollout:
-        scored: ScoredRollout | None = None
-        error: Exception | None = None
-        try:
-            with self._accelerator.autocast():
-                scored = score(
-                    self._model,
-                    rollout,
-                    self._rewards,
-                    temperature=self._config.temperature,
-                    batch_size=self._config.local_rollout_forward_batch_size,
-                    missing_eos_penalty=self._config.missing_eos_penalty,
-                )
-        except Exception as caught:  # shared with the other ranks below, then raised
-            error = caught
-        raise_together(self._accelerator, error)
-        assert scored is not None
-        return scored
+        with self._accelerator.autocast():
+            return score(
+                self._model,
+                rollout,
+                self._rewards,
+                temperature=self._config.temperature,
+                batch_size=self._config.local_rollout_forward_batch_size,
+                missing_eos_penalty=self._config.missing_eos_penalty,
+            )
 
     def _mini_batches(self, experience: Experience, iteration: int) -> Iterator[Tensor]:
         """Rows of each mini-batch in the order of the updates; every rank draws the same order."""
@@ -199,27 +191,3 @@ def rollout_metrics(
     metrics["objective/scores_std"] = max(0.0, spread) ** 0.5
     metrics["val/num_eos_tokens"] = metrics["objective/stopped"] * count
     return metrics
-
-
-def reduce_sum(accelerator: Accelerator, tensor: Tensor) -> Tensor:
-    """The sum of `tensor` over the processes, a collective."""
-    reduced: Tensor = accelerator.reduce(tensor.clone(), reduction="sum")
-    return reduced
-
-
-def raise_together(accelerator: Accelerator, error: Exception | None) -> None:
-    """Raises on every process if any of them has an error, so that none waits for another.
-
-    A collective: every process calls it, with its own error or None.
-
-    Raises:
-        RewardError: another process had the error.
-    """
-    failed = torch.tensor(float(error is not None), device=accelerator.device)
-    total = int(reduce_sum(accelerator, failed).item())
-    if error is not None:
-        raise error
-    if total:
-        raise RewardError(
-            f"Scoring failed on {total} other process(es); their output says why. Stopping too."
-        )

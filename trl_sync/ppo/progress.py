@@ -19,6 +19,9 @@ class PPOProgressCallback(ProgressCallback):
             shown = {text: f"{logs[name]:.2f}" for name, text in SHOWN.items() if name in logs}
             if shown:
                 self.training_bar.set_postfix(shown)
+            evaluated = [f"{n}={logs[n]:.4g}" for n in logs if n.startswith("eval_objective")]
+            if evaluated:
+                self.training_bar.write(f"step {state.global_step}: " + ", ".join(evaluated))
 
 
 def print_completions(columns: dict[str, list[Any]], title: str) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import xxhash
 from datasets import Dataset, IterableDataset
 from transformers import PreTrainedTokenizerBase
 from trl import is_conversational
@@ -59,6 +60,13 @@ class PromptDataset:
 
     def __len__(self) -> int:
         return len(self._dataset)
+
+    def fingerprint(self) -> str:
+        """xxh3-64 over the tokens of all prompts in their order, as 16 hex digits."""
+        digest = xxhash.xxh3_64()
+        for tokens in self._dataset[_TOKENS]:
+            digest.update(f"{tokens}".encode())
+        return digest.hexdigest()
 
     def batch(self, indices: Sequence[int]) -> PromptBatch:
         """Those rows, in that order."""

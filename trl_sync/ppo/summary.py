@@ -19,11 +19,13 @@ def summarize(trainer: PPOTrainer, wall_s: float) -> dict[str, Any]:
 
     `wall_s` is the time of training. `reward_first` and `reward_last` are the means of the first
     and last tenth of the rollouts in the log, `reward_first_std` is the standard deviation of the
-    scores in the first tenth. Memory is this process's peak; sizes are in bytes.
+    scores in the first tenth; they are None if the log holds no rollout. Memory is this process's
+    peak; sizes are in bytes.
     """
     rows = [row for row in trainer.state.log_history if "objective/scores" in row]
     tenth = max(1, len(rows) // 10)
     episodes = trainer.episodes
+    episodes_here = episodes - trainer.episodes_before
     return {
         "reward_first": _mean(rows[:tenth], "objective/scores"),
         "reward_first_std": _spread(rows[:tenth]),
@@ -31,7 +33,7 @@ def summarize(trainer: PPOTrainer, wall_s: float) -> dict[str, Any]:
         "kl_last": _mean(rows[-tenth:], "objective/kl"),
         "episodes": episodes,
         "wall_s": wall_s,
-        "episodes_per_s": episodes / wall_s,
+        "episodes_per_s": episodes_here / wall_s,
         "peak_rss_bytes": peak_rss_bytes(),
         "quantization": quantization(trainer.backbone.causal_model),
         "world_size": trainer.plan.world_size,
@@ -103,12 +105,14 @@ def _bytes(tensor: Tensor) -> int:
     return tensor.numel() * tensor.element_size()
 
 
-def _mean(rows: list[dict[str, float]], name: str) -> float:
-    return sum(row[name] for row in rows) / len(rows) if rows else math.nan
+def _mean(rows: list[dict[str, float]], name: str) -> float | None:
+    return sum(row[name] for row in rows) / len(rows) if rows else None
 
 
-def _spread(rows: list[dict[str, float]]) -> float:
+def _spread(rows: list[dict[str, float]]) -> float | None:
     """The standard deviation of all scores behind rows that hold their own mean and deviation."""
-    squares = [r["objective/scores_std"] ** 2 + r["objective/scores"] ** 2 for r in rows]
     mean = _mean(rows, "objective/scores")
-    return math.sqrt(max(0.0, sum(squares) / len(rows) - mean**2)) if rows else math.nan
+    if mean is None:
+        return None
+    squares = [r["objective/scores_std"] ** 2 + r["objective/scores"] ** 2 for r in rows]
+    return math.sqrt(max(0.0, sum(squares) / len(rows) - mean**2))

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-import tempfile
 import time
 from pathlib import Path
 from typing import Any
 
 from accelerate.utils import gather_object
 from datasets import Dataset
-from peft import LoraConfig, PeftModel
+from peft import LoraConfig
 from torch import Tensor, nn
 from transformers import (
     PreTrainedModel,
@@ -26,9 +25,16 @@ from trl_sync.backbone.roles import POLICY, VALUE, check_frozen
 from trl_sync.backbone.shared import SharedBackbone
 from trl_sync.errors import ConfigError
 from trl_sync.ppo.checkpoint import CheckpointMixin
-from trl_sync.ppo.config import BatchPlan, PPOConfig, launched_processes
+from trl_sync.ppo.checks import (
+    check_models,
+    check_output_folder,
+    check_settings,
+    check_stop_tokens,
+)
+from trl_sync.ppo.collectives import reduce_sum, together
+from trl_sync.ppo.config import BatchPlan, PPOConfig
 from trl_sync.ppo.evaluation import EvaluationBatch, EvaluationLoader, evaluate_prompts
-from trl_sync.ppo.experience import EVALUATION, ExperienceLoader, reduce_sum
+from trl_sync.ppo.experience import EVALUATION, ExperienceLoader
 from trl_sync.ppo.loss import policy_loss, value_loss
 from trl_sync.ppo.metrics import MetricBuffer
 from trl_sync.ppo.progress import PPOProgressCallback, print_completions
@@ -78,9 +84,9 @@ class PPOTrainer(CheckpointMixin):
         callbacks: list[TrainerCallback] | None = None,
         peft_config: LoraConfig | None = None,
     ) -> None:
-        _check_settings(args)
-        _check_models(model, ref_model, value_model, data_collator, peft_config)
-        _check_output_folder(Path(args.output_dir))
+        check_settings(args)
+        check_models(model, ref_model, value_model, data_collator, peft_config)
+        check_output_folder(Path(args.output_dir))
         base = model.causal_model if isinstance(model, SharedBackbone) else model
         check_tokenizer(processing_class, base.get_input_embeddings().weight.shape[0])
         train_prompts = _prompts(train_dataset, "train_dataset", processing_class, args, base)
@@ -107,6 +113,7 @@ class PPOTrainer(CheckpointMixin):
             stop_token_ids=stop_token_ids(args, processing_class, base),
         )
         self._check_roles()
+        check_stop_tokens(args, self.sampling)
         self._train_started_s = time.perf_counter()
         self._first_step = 0
         super().__init__(
@@ -136,6 +143,11 @@ class PPOTrainer(CheckpointMixin):
         """Episodes whose updates are done or under way."""
         iterations = -(-self.state.global_step // self.plan.updates_per_iteration)
         return iterations * self.plan.batch_size
+
+    @property
+    def episodes_before(self) -> int:
+        """Episodes of the run that was resumed; 0 if there was none."""
+        return self._first_step // self.plan.updates_per_iteration * self.plan.batch_size
 
     def get_train_dataloader(self) -> ExperienceLoader:
         """Micro-batches of experience; iterating over it rolls out."""
@@ -204,6 +216,14 @@ class PPOTrainer(CheckpointMixin):
             metrics=prefixed,
             num_samples=len(dataloader.dataset),
         )
+
+    def predict(self, *args: Any, **kwargs: Any) -> Any:
+        """Not for PPO: there are no labels to predict.
+
+        Raises:
+            ConfigError: always.
+        """
+        raise ConfigError("predict() does not apply to PPO: use completions() or evaluate().")
 
     def compute_loss(
         self,
@@ -279,11 +299,14 @@ class PPOTrainer(CheckpointMixin):
         self.backbone.eval()
         device, rank = self.accelerator.device, self.accelerator.process_index
         with seeded(device, self.args.seed, EVALUATION, rank), self.accelerator.autocast():
-            rows = [
-                row
-                for batch in itertools.islice(loader, num_batches)
-                for row in self._answer(batch, sampling, role)[: batch.num_counted]
-            ]
+            rows = together(
+                self.accelerator,
+                lambda: [
+                    row
+                    for batch in itertools.islice(loader, num_batches)
+                    for row in self._answer(batch, sampling, role)[: batch.num_counted]
+                ],
+            )
         columns = zip(*gather_object(rows), strict=True)
         return dict(zip(COMPLETION_COLUMNS, map(list, columns), strict=True))
 
@@ -354,91 +377,6 @@ class _UpdateCallback(TrainerCallback):
         iterations, inside = divmod(state.global_step, plan.updates_per_iteration)
         if wanted and not inside and iterations % every == 0:
             self._trainer.generate_completions(sampling=True)
-
-
-def _check_settings(args: PPOConfig) -> None:
-    if not isinstance(args, PPOConfig):
-        raise ConfigError(
-            f"args must be a trl_sync.PPOConfig, got {type(args).__module__}.{type(args).__name__}."
-        )
-    if launched_processes() != args.world_size:
-        raise ConfigError(
-            f"The launcher started {launched_processes()} processes, but accelerate sees "
-            f"{args.world_size}: each would train alone. Make PPOConfig before anything else uses "
-            "accelerate, and on a CPU set use_cpu=True."
-        )
-    refused = {
-        "use_vllm": "rollouts use transformers' generate. Set use_vllm=False",
-        "torch_compile": "it would trace the adapter routing once and keep it. Set it to False",
-        "auto_find_batch_size": "the rollout batch follows from it. Set the batch sizes by hand",
-        "use_liger_kernel": "it replaces the loss of the causal LM, which PPO does not use",
-        "neftune_noise_alpha": "noise in the embeddings would make old and new ratios differ",
-        "label_smoothing_factor": "PPO has no labels",
-    }
-    for name, reason in refused.items():
-        if getattr(args, name, None):
-            raise ConfigError(
-                f"{name}={getattr(args, name)} does not work with PPO here: {reason}."
-            )
-    for name, own in (("model_adapter_name", POLICY), ("ref_adapter_name", "reference")):
-        if getattr(args, name) not in (None, own):
-            raise ConfigError(
-                f"{name}={getattr(args, name)!r} is not supported: on a shared backbone that "
-                f"adapter is called {own!r}. Leave {name} unset."
-            )
-    if args.n_gpu > 1:
-        raise ConfigError(
-            f"This process sees {args.n_gpu} GPUs and would use nn.DataParallel, which splits a "
-            "stacked batch in the wrong places. Start it with `accelerate launch`, or hide the "
-            "others with CUDA_VISIBLE_DEVICES=0."
-        )
-
-
-def _check_models(
-    model: Any, ref_model: Any, value_model: Any, data_collator: Any, peft_config: Any
-) -> None:
-    if ref_model is not None and ref_model is model:
-        raise ConfigError(
-            "model and ref_model are the same object: the reference would train with the policy. "
-            "Pass ref_model=None: the frozen base is the reference."
-        )
-    given = {"ref_model": ref_model, "value_model": value_model}
-    for name, value in given.items():
-        if value is not None:
-            raise ConfigError(
-                f"{name} was given, but on a shared backbone that role is a view of the base. Pass "
-                f"{name}=None."
-            )
-    if data_collator is not None:
-        raise ConfigError("data_collator is not used: prompts are padded here. Leave it out.")
-    if isinstance(model, SharedBackbone):
-        if peft_config is not None:
-            raise ConfigError(
-                "peft_config was given with a SharedBackbone, which has its adapters already: give "
-                "it to the SharedBackbone instead."
-            )
-    elif isinstance(model, PeftModel) or getattr(model, "peft_config", None):
-        raise ConfigError(
-            "The model already has adapters"
-            + (", and peft_config would add others on top" if peft_config is not None else "")
-            + ". Load base and SFT adapter with trl_sync.backbone.load_shared_backbone."
-        )
-    elif not isinstance(model, PreTrainedModel):
-        raise ConfigError(
-            f"model must be a causal LM or a SharedBackbone, got {type(model).__name__}."
-        )
-
-
-def _check_output_folder(folder: Path) -> None:
-    """Raises a ConfigError unless files can be created in `folder`; leaves nothing behind."""
-    existing = folder
-    while not existing.exists() and existing != existing.parent:
-        existing = existing.parent
-    try:
-        with tempfile.TemporaryFile(dir=existing):
-            pass
-    except OSError as error:
-        raise ConfigError(f"output_dir {folder} is not writable: {error}.") from error
 
 
 def _prompts(
