@@ -13,7 +13,6 @@ USER_FACING = {
     "PPOTrainer.__init__",
     "PromptDataset.__init__",
     "SharedBackbone.__init__",
-    "_check_settings",
     "reward_source",
 }
 # An int is fine where a float is expected, as PEP 484 says.

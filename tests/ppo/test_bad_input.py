@@ -106,7 +106,7 @@ def test_tokenizer_and_dataset(
     "message, settings",
     [
         ("do not divide into num_mini_batches=3", {"num_mini_batches": 3}),
-        ("max_steps=6 .* inside an iteration of 4", {"max_steps": 6}),
+        ("max_steps=6 .* inside an iteration of 4", {"max_steps": 6, "total_episodes": None}),
         ("use_vllm=True does not work", {"use_vllm": True}),
         ("torch_compile=True does not work", {"torch_compile": True}),
         ("auto_find_batch_size=True does not work", {"auto_find_batch_size": True}),

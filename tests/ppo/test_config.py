@@ -13,6 +13,7 @@ import torch
 from transformers import HfArgumentParser, TrainingArguments
 from trl import TrlParser
 
+import tiny
 from trl_sync.errors import ConfigError
 from trl_sync.ppo.config import BatchPlan, PPOConfig
 
@@ -340,7 +341,6 @@ SIZES = {
 @pytest.mark.parametrize(
     ("length", "num_iterations", "max_steps"),
     [
-        ({"max_steps": 20}, 5, 20),
         ({"max_steps": 4, "total_episodes": 1000}, 1, 4),  # max_steps decides
         ({"total_episodes": 48}, 3, 12),
         ({"total_episodes": 49}, 4, 16),  # begun is done: at least that many
@@ -424,3 +424,32 @@ def test_a_plan_is_frozen() -> None:
     plan = BatchPlan.derive(config(**SIZES), 50)
     with pytest.raises(dataclasses.FrozenInstanceError):
         plan.num_iterations = 1
+
+
+def test_max_steps_and_total_episodes_together_are_refused(tmp_path: Path) -> None:
+    config = tiny.config(tmp_path, max_steps=8, total_episodes=48)
+    with pytest.raises(ConfigError, match="set one of them"):
+        BatchPlan.derive(config, 64)
+
+
+def test_a_config_that_a_trainer_filled_in_may_be_lengthened(tmp_path: Path) -> None:
+    config = tiny.config(tmp_path, total_episodes=48)
+    BatchPlan.derive(config, 64).fill_in(config)
+    assert config.max_steps == 12  # 3 batches of 16, 2 epochs x 2 mini-batches each
+    config.total_episodes = 96
+    assert BatchPlan.derive(config, 64).max_steps == 24
+
+
+def test_a_computed_size_that_was_set_is_refused(tmp_path: Path) -> None:
+    config = tiny.config(tmp_path, mini_batch_size=5)
+    with pytest.raises(ConfigError, match="mini_batch_size=5 was set"):
+        BatchPlan.derive(config, 64).fill_in(config)
+
+
+@pytest.mark.parametrize("setting", [{"load_best_model_at_end": True}, {"save_strategy": "best"}])
+def test_the_best_model_is_the_one_with_the_highest_score(
+    tmp_path: Path, setting: dict[str, Any]
+) -> None:
+    strategies = {"save_strategy": "steps", "eval_strategy": "steps", "eval_steps": 4}
+    config = tiny.config(tmp_path, **(strategies | {"save_steps": 4} | setting))
+    assert (config.metric_for_best_model, config.greater_is_better) == ("objective/scores", True)

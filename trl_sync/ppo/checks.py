@@ -35,7 +35,7 @@ def _engine_of_the_launcher() -> bool:
     return any(os.environ.get(name, "false").lower() in ("1", "true") for name in names)
 
 
-def check_settings(args: PPOConfig) -> None:
+def check_settings(args: Any) -> None:
     """Nothing, if every setting has an effect here and works.
 
     Raises:

@@ -31,9 +31,10 @@ class PPOConfig(TrainingArguments):
         ConfigError: sizes that do not divide, or a setting out of its range.
     """
 
-    if TYPE_CHECKING:  # two fields of TrainingArguments that are set below
+    if TYPE_CHECKING:  # three fields of TrainingArguments that are set below
         gradient_accumulation_steps: int
         ddp_find_unused_parameters: bool | None
+        metric_for_best_model: str | None
 
     # Named in TRL but read-only here: filled in below the class.
     world_size: int | None = field(
@@ -167,6 +168,9 @@ class PPOConfig(TrainingArguments):
             if getattr(self, new) is None:
                 setattr(self, new, getattr(self, old))
             setattr(self, old, None)
+        best = self.load_best_model_at_end or self.save_strategy == "best"
+        if best and self.metric_for_best_model is None:
+            self.metric_for_best_model, self.greater_is_better = "objective/scores", True
         _check_ranges(self)
         self._split_accumulation()
         if self.ddp_find_unused_parameters is None:
@@ -271,6 +275,28 @@ def _check_ranges(config: PPOConfig) -> None:
         )
 
 
+def _num_iterations(config: PPOConfig, batch_size: int, iterations_per_epoch: int) -> int:
+    """How many rollout batches: from max_steps, else total_episodes, else num_train_epochs."""
+    updates = config.num_ppo_epochs * config.num_mini_batches
+    # An earlier trainer filled in both; then total_episodes is what the user may have changed.
+    filled_in = (config.num_total_batches or 0) * updates == config.max_steps
+    if config.max_steps > 0 and not filled_in:
+        if config.total_episodes is not None and config.num_total_batches is None:
+            raise ConfigError(
+                f"max_steps={config.max_steps} and total_episodes={config.total_episodes} both say "
+                "how long to train: set one of them."
+            )
+        if config.max_steps % updates:
+            raise ConfigError(
+                f"max_steps={config.max_steps} counts optimizer updates and would end inside an "
+                f"iteration of {updates} (num_ppo_epochs x num_mini_batches): use a multiple."
+            )
+        return config.max_steps // updates
+    if config.total_episodes is not None:
+        return math.ceil(config.total_episodes / batch_size)
+    return math.ceil(config.num_train_epochs * iterations_per_epoch)
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BatchPlan:
     """The sizes of one run, derived once. `local_` is one process, the others are all processes.
@@ -306,19 +332,6 @@ class BatchPlan:
                 "gradient_accumulation_steps x processes): use more prompts or smaller batches."
             )
         iterations_per_epoch = dataset_rows // batch_size
-        updates = config.num_ppo_epochs * config.num_mini_batches
-        if config.max_steps > 0:
-            if config.max_steps % updates:
-                raise ConfigError(
-                    f"max_steps={config.max_steps} counts optimizer updates and would end inside "
-                    f"an iteration of {updates} (num_ppo_epochs x num_mini_batches): use a "
-                    "multiple."
-                )
-            num_iterations = config.max_steps // updates
-        elif config.total_episodes is not None:
-            num_iterations = math.ceil(config.total_episodes / batch_size)
-        else:
-            num_iterations = math.ceil(config.num_train_epochs * iterations_per_epoch)
         return cls(
             world_size=world_size,
             local_micro_batch_size=config.per_device_train_batch_size,
@@ -327,7 +340,7 @@ class BatchPlan:
             num_mini_batches=config.num_mini_batches,
             num_ppo_epochs=config.num_ppo_epochs,
             iterations_per_epoch=iterations_per_epoch,
-            num_iterations=num_iterations,
+            num_iterations=_num_iterations(config, batch_size, iterations_per_epoch),
         )
 
     @property
@@ -351,12 +364,26 @@ class BatchPlan:
         return self.num_ppo_epochs * (self.local_batch_size // self.local_micro_batch_size)
 
     def fill_in(self, config: PPOConfig) -> None:
-        """Writes the sizes that TRL scripts read into the config's computed fields."""
+        """Writes the sizes that TRL scripts read into the config's computed fields.
+
+        Raises:
+            ConfigError: one of them was set, to something else.
+        """
+        sizes = {
+            "micro_batch_size": self.local_micro_batch_size * self.world_size,
+            "local_batch_size": self.local_batch_size,
+            "batch_size": self.batch_size,
+            "local_mini_batch_size": self.local_mini_batch_size,
+            "mini_batch_size": self.local_mini_batch_size * self.world_size,
+        }
+        for name, size in sizes.items():
+            if getattr(config, name) not in (None, size):
+                raise ConfigError(
+                    f"{name}={getattr(config, name)} was set, but it is computed and would be "
+                    f"{size}: leave it unset, and choose per_device_train_batch_size, "
+                    "gradient_accumulation_steps and num_mini_batches."
+                )
+            setattr(config, name, size)
         config.num_total_batches = self.num_iterations
-        config.micro_batch_size = self.local_micro_batch_size * self.world_size
-        config.local_batch_size = self.local_batch_size
-        config.batch_size = self.batch_size
-        config.local_mini_batch_size = self.local_mini_batch_size
-        config.mini_batch_size = self.local_mini_batch_size * self.world_size
         config.total_episodes = self.num_iterations * self.batch_size
         config.max_steps = self.max_steps
