@@ -341,7 +341,7 @@ SIZES = {
 @pytest.mark.parametrize(
     ("length", "num_iterations", "max_steps"),
     [
-        ({"max_steps": 4, "total_episodes": 1000}, 1, 4),  # max_steps decides
+        ({"max_steps": 20}, 5, 20),
         ({"total_episodes": 48}, 3, 12),
         ({"total_episodes": 49}, 4, 16),  # begun is done: at least that many
         ({"total_episodes": 1}, 1, 4),
