@@ -24,6 +24,7 @@ import runs
 import tiny
 from trl_sync import PPOConfig, PPOTrainer, SharedBackbone
 from trl_sync.errors import ConfigError, RewardError
+from trl_sync.ppo.checks import check_settings
 
 
 def build(out: Path, settings: dict[str, Any] | None = None, **arguments: Any) -> PPOTrainer:
@@ -116,6 +117,13 @@ def test_tokenizer_and_dataset(
         ("model_adapter_name='mine' is not supported", {"model_adapter_name": "mine"}),
         ("ref_adapter_name='mine' is not supported", {"ref_adapter_name": "mine"}),
         ("temperature must be positive", {"temperature": 0.0}),
+        ("enable_jit_checkpoint=True does not work", {"enable_jit_checkpoint": True}),
+        ("bf16_full_eval=True does not work", {"bf16_full_eval": True}),
+        ("dataloader_num_workers=2 has no effect", {"dataloader_num_workers": 2}),
+        ("data_seed=3 has no effect", {"data_seed": 3}),
+        ("would fall on every response", {"missing_eos_penalty": 1.0, "stop_token": None}),
+        ("max_steps=4 and total_episodes=48 both", {"max_steps": 4}),
+        ("batch_size=7 was set", {"batch_size": 7}),
     ],
 )
 def test_settings(tmp_path: Path, message: str, settings: dict[str, Any]) -> None:
@@ -127,6 +135,30 @@ def test_arguments_of_another_kind(tmp_path: Path) -> None:
     out = tmp_path / "out"
     args = TrainingArguments(output_dir=str(out), use_cpu=True)
     refused(out, "must be a trl_sync.PPOConfig, got transformers", lambda: build(out, args=args))
+
+
+@pytest.mark.parametrize("variable", ["ACCELERATE_USE_DEEPSPEED", "ACCELERATE_USE_FSDP"])
+def test_engines_that_are_not_supported_yet(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, variable: str
+) -> None:
+    config = tiny.config(tmp_path / "out")
+    monkeypatch.setenv(variable, "true")  # as `accelerate launch` does
+    with pytest.raises(ConfigError, match="DeepSpeed and FSDP are not supported yet"):
+        check_settings(config)
+
+
+def test_a_launch_in_which_every_rank_believes_it_is_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = tiny.config(tmp_path / "out")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ConfigError, match="started 2 processes, but accelerate sees 1"):
+        check_settings(config)
+
+
+def test_predict(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="does not apply to PPO"):
+        build(tmp_path / "out").predict(tiny.prompts(4))
 
 
 def test_several_gpus_without_a_launcher(tmp_path: Path) -> None:

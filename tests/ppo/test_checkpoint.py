@@ -266,3 +266,22 @@ def test_a_quantized_base_is_told_from_the_plain_one(saved: Path, tmp_path: Path
     trainer = runs.make(tmp_path, model=backbone)
     with pytest.raises(CheckpointError, match="Load the same model with the same quantization"):
         trainer.train(resume_from_checkpoint=str(saved / "out" / "checkpoint-8"))
+
+
+def test_a_stop_inside_an_iteration_waits_for_the_checkpoint_asked_for(tmp_path: Path) -> None:
+    def save_and_stop(state: Any, control: Any) -> None:
+        if state.global_step == 2:
+            control.should_save = control.should_training_stop = True
+
+    trainer = runs.train(tmp_path, callbacks=[runs.At("on_step_end", save_and_stop)])
+    assert trainer.state.global_step == runs.UPDATES
+    assert steps(tmp_path) == [runs.UPDATES]
+
+
+def test_a_checkpoint_from_inside_an_iteration_is_refused(saved: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "checkpoint-6"
+    shutil.copytree(saved / "out" / "checkpoint-4", folder)
+    state = json.loads((folder / "trainer_state.json").read_text())
+    (folder / "trainer_state.json").write_text(json.dumps(state | {"global_step": 6}))
+    with pytest.raises(CheckpointError, match="inside an iteration of 4 updates"):
+        runs.make(tmp_path).train(resume_from_checkpoint=str(folder))

@@ -163,8 +163,7 @@ def test_weight_decay_and_learning_rate_are_those_of_adamw(tmp_path: Path) -> No
             learning_rate=0.01,
             num_ppo_epochs=1,
             num_mini_batches=1,
-            max_steps=1,
-            total_episodes=None,
+            total_episodes=16,
             max_grad_norm=0.0,
         )
         before = runs.trained(trainer)
@@ -211,8 +210,7 @@ def returns_of_one_batch(folder: Path, **changes: Any) -> tuple[list[float], lis
         gradient_accumulation_steps=1,
         num_ppo_epochs=1,
         num_mini_batches=1,
-        max_steps=1,
-        total_episodes=None,
+        total_episodes=16,
         stop_token=None,
         lam=1.0,
         **changes,

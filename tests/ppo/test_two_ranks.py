@@ -137,6 +137,39 @@ def nan_on_rank_1(folder: Path) -> str:
     return "\n".join(said)
 
 
+def broken_rollout_on_rank_1(folder: Path) -> str:
+    """What a run says in which generation fails on rank 1 only."""
+    import runs
+
+    trainer = runs.make(folder)
+    if rank_and_size()[0] == 1:
+        trainer.backbone.causal_model.generate = out_of_memory
+    try:
+        trainer.train()
+    except RuntimeError as error:
+        return str(error)
+    raise AssertionError("the run went on")
+
+
+def broken_completions_on_rank_1(folder: Path) -> str:
+    """What `completions` says where generation fails on rank 1 only."""
+    import runs
+
+    trainer = runs.make(folder, eval_prompts=tiny.prompts(4))
+    if rank_and_size()[0] == 1:
+        trainer.backbone.causal_model.generate = out_of_memory
+    try:
+        trainer.completions()
+    except RuntimeError as error:
+        return str(error)
+    raise AssertionError("there were completions")
+
+
+def out_of_memory(*args: Any, **kwargs: Any) -> Any:
+    """Stands for a failure of one device, which cannot be had on demand."""
+    raise RuntimeError("out of memory, says the test")
+
+
 def everything(folder: Path) -> str:
     """All of the above; tensors do not outlive their process, so they go through a file."""
     found = {
@@ -144,6 +177,8 @@ def everything(folder: Path) -> str:
         "run": short_run(folder / "run"),
         "evaluation": evaluation(folder / "evaluation"),
         "nan": nan_on_rank_1(folder / "nan"),
+        "rollout": broken_rollout_on_rank_1(folder / "rollout"),
+        "completions": broken_completions_on_rank_1(folder / "completions"),
     }
     file = folder / f"rank_{rank_and_size()[0]}.pt"
     torch.save(found, file)
@@ -247,3 +282,12 @@ def test_a_score_that_is_nan_on_one_rank_stops_both(both: list[dict[str, Any]]) 
     assert len(on_0) == len(on_1) == 2  # in training and in evaluation
     assert all("failed on 1 other process" in text for text in on_0)
     assert all("reward gave episode 0 the score nan" in text for text in on_1)
+
+
+@pytest.mark.parametrize("part", ["rollout", "completions"])
+def test_generation_that_fails_on_one_rank_stops_both(
+    both: list[dict[str, Any]], part: str
+) -> None:
+    on_0, on_1 = (result[part] for result in both)
+    assert on_0.startswith("Rolling out or scoring failed on 1 other process(es)")
+    assert on_1 == "out of memory, says the test"
