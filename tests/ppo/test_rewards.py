@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import inspect
+import json
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -10,12 +11,14 @@ import numpy as np
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from tokenizers import Tokenizer
 from torch import Tensor, nn
 from transformers import (
     GPT2Config,
     GPT2ForSequenceClassification,
     LlamaForSequenceClassification,
     PreTrainedModel,
+    PreTrainedTokenizerFast,
 )
 
 import tiny
@@ -355,3 +358,25 @@ def test_models_and_functions_are_told_apart() -> None:
 def test_what_is_no_reward_source_is_refused(reward: Any, said: str) -> None:
     with pytest.raises(ConfigError, match=said):
         source_of(reward)
+
+
+def test_a_reward_model_of_another_vocabulary_is_refused(tmp_path: Path) -> None:
+    tiny.reward_llama().save_pretrained(tmp_path)
+    other = json.loads(tiny.tokenizer().backend_tokenizer.to_str())
+    vocabulary = other["model"]["vocab"]
+    vocabulary["a"], vocabulary["b"] = vocabulary["b"], vocabulary["a"]
+    PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer.from_str(json.dumps(other)), eos_token="[EOS]"
+    ).save_pretrained(tmp_path)
+    model = LlamaForSequenceClassification.from_pretrained(tmp_path)
+    with pytest.raises(ConfigError, match="another vocabulary: 'a' is token 3"):
+        ModelReward(model, tiny.tokenizer(), batch_size=2, device=torch.device("cpu"))
+
+
+def test_a_token_added_later_is_no_other_vocabulary(tmp_path: Path) -> None:
+    tiny.reward_llama().save_pretrained(tmp_path)
+    tiny.tokenizer().save_pretrained(tmp_path)
+    model = LlamaForSequenceClassification.from_pretrained(tmp_path)
+    longer = tiny.tokenizer()
+    longer.add_tokens(["<new>"])
+    ModelReward(model, longer, batch_size=2, device=torch.device("cpu"))

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from datasets import Dataset
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
@@ -110,7 +111,7 @@ def test_two_ranks_a_local_model_conversations_a_function_and_a_config_file(
     out = tmp_path / "run"
     config = tmp_path / "settings.yaml"
     settings = SMALL | {"learning_rate": 1e-3, "dataset_path": str(local / "chats.jsonl")}
-    config.write_text("".join(f"{name}: {value}\n" for name, value in settings.items()))
+    config.write_text(yaml.safe_dump(settings))
     named = flags(
         config=config,
         model_name_or_path=local / "model",
@@ -150,6 +151,13 @@ def test_a_local_model_and_reward_model_without_quantization(local: Path, tmp_pa
 
 
 @pytest.mark.slow
+def test_a_flag_that_only_fits_the_embedded_settings(tmp_path: Path) -> None:
+    # Three does not divide the four micro-batches of the embedded settings; TRL's default is one.
+    done = launch(*flags(num_mini_batches=3, output_dir=tmp_path / "run"))
+    assert "error: gradient_accumulation_steps=4" in done.stderr
+
+
+@pytest.mark.slow
 def test_a_mistake_is_one_line_and_leaves_no_folder(local: Path, tmp_path: Path) -> None:
     out = tmp_path / "run"
     named = flags(
@@ -169,7 +177,10 @@ def test_help_names_every_group_of_flags() -> None:
     )
     assert done.returncode == 0, done.stderr
     shown = done.stdout
-    order = ["accelerate launch", "--dataset_path", "--num_ppo_epochs", "--lora_r", "--output_dir"]
-    assert [shown.index(text) for text in order] == sorted(shown.index(text) for text in order)
+    groups = [
+        *("data, reward and precision:", "--dataset_path", "PPO:", "--num_ppo_epochs"),
+        *("model, LoRA and quantization:", "--lora_r", "as in every Trainer:", "--max_grad_norm"),
+    ]
+    assert [shown.index(text) for text in groups] == sorted(shown.index(text) for text in groups)
     # One line of usage, not two hundred flags.
     assert shown.index("PPO on one shared 4-bit base") < 200

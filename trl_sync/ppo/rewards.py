@@ -5,13 +5,14 @@ from __future__ import annotations
 import inspect
 import math
 from collections.abc import Callable, Iterable
+from pathlib import Path
 from typing import Any, Protocol, cast, runtime_checkable
 
 import torch
 from jaxtyping import Float
 from peft import PeftModel
 from torch import Tensor, nn
-from transformers import PreTrainedTokenizerBase
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from trl_sync.backbone.loading import load_reward_model
 from trl_sync.backbone.quantization import keep_packed_weights
@@ -19,6 +20,9 @@ from trl_sync.backbone.roles import freeze
 from trl_sync.errors import ConfigError, RewardError
 from trl_sync.ppo.batch import Rollout
 from trl_sync.ppo.prompts import check_tokenizer
+
+# Tokens that a tokenizer may have beyond the reward model's before they are another vocabulary.
+_ADDED_TOKENS = 16
 
 RewardFunction = Callable[..., list[float]]
 
@@ -97,6 +101,7 @@ class ModelReward:
         check_tokenizer(
             tokenizer, self._inner.get_input_embeddings().weight.shape[0], "reward model"
         )
+        _check_vocabulary(Path(getattr(self._inner.config, "_name_or_path", "")), tokenizer)
         freeze(model)
         keep_packed_weights(model)
         if not getattr(self._inner, "is_quantized", False):
@@ -120,6 +125,30 @@ class ModelReward:
         last = rollout.prompt_ids.shape[1] + rollout.response_mask[rows].sum(1) - 1
         picked = hidden[torch.arange(len(rows), device=hidden.device), last]
         return self._inner.score(picked).squeeze(-1).float()
+
+
+def _check_vocabulary(folder: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Nothing, if the reward model's own tokenizer, where it lies beside it, has the same ids.
+
+    A few tokens may be missing there, such as a padding token added later.
+
+    Raises:
+        ConfigError: the vocabularies differ.
+    """
+    if not (folder / "tokenizer_config.json").is_file():
+        return
+    own = AutoTokenizer.from_pretrained(str(folder)).get_vocab()
+    ids = tokenizer.get_vocab()
+    moved = [token for token, i in ids.items() if own.get(token, i) != i]
+    missing = [token for token in ids if token not in own]
+    if moved or len(missing) > _ADDED_TOKENS:
+        example = (moved or missing)[0]
+        raise ConfigError(
+            f"The reward model in {folder} has another vocabulary: {example!r} is token "
+            f"{ids[example]} of the policy's tokenizer and {own.get(example)} of its own. It would "
+            "score other text. Use a reward model of the same tokenizer, or a function that "
+            "tokenizes the text anew."
+        )
 
 
 class FunctionReward:
