@@ -142,7 +142,7 @@ def _check_vocabulary(folder: Path, tokenizer: PreTrainedTokenizerBase) -> None:
     moved = [token for token, i in ids.items() if own.get(token, i) != i]
     missing = [token for token in ids if token not in own]
     if moved or len(missing) > _ADDED_TOKENS:
-        example = (moved or missing)[0]
+        example = min(moved or missing, key=lambda token: ids[token])
         raise ConfigError(
             f"The reward model in {folder} has another vocabulary: {example!r} is token "
             f"{ids[example]} of the policy's tokenizer and {own.get(example)} of its own. It would "
