@@ -46,6 +46,11 @@ def test_python_blocks_run(
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_no_figure_is_left_to_be_filled_in(page: Path) -> None:
+    assert not re.findall(r"DEMO_|TODO|FIXME|XXX", page.read_text())
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_links_lead_somewhere(page: Path) -> None:
     for target in LINK.findall(page.read_text()):
         if target.startswith("https://"):
