@@ -566,6 +566,11 @@ def test_a_target_of_the_lm_head_alone_is_refused_for_the_value_role(llama_folde
         SharedBackbone(load(llama_folder, "fp32"), lora(target_modules=["lm_head"]))
 
 
+def test_a_pattern_that_matches_the_lm_head_is_refused(llama_folder: str) -> None:
+    with pytest.raises(ConfigError, match="matches the LM head"):
+        SharedBackbone(load(llama_folder, "fp32"), lora(target_modules=".*(q_proj|lm_head)"))
+
+
 @pytest.mark.parametrize("name", ["activation", "gradient"])
 def test_checkpointing_can_be_switched_off_again(llama_folder: str, name: str) -> None:
     backbone, batch = backbone_of(load(llama_folder, "fp32")).train(), ragged_batch()

@@ -79,6 +79,7 @@ class SharedBackbone(nn.Module):
         self.peft_model.add_adapter(VALUE, copy.deepcopy(value_peft_config))
         if reference_adapter:
             self.peft_model.add_adapter(REFERENCE, copy.deepcopy(peft_config))
+        _check_value_adapter(model)
         self.router = AdapterRouter(self.peft_model)
         # fp32 whatever the base, and outside autocast: one row of weights costs nothing, and
         # returns are regressed on it.
@@ -331,6 +332,15 @@ def _without_output_embeddings(model: PreTrainedModel, config: LoraConfig) -> Lo
                 "more target_modules, or pass value_peft_config."
             )
     return config
+
+
+def _check_value_adapter(model: PreTrainedModel) -> None:
+    """Nothing, if every part of the value adapter is used; DDP waits for unused gradients."""
+    if VALUE in getattr(model.get_output_embeddings(), "scaling", {}):
+        raise ConfigError(
+            "target_modules matches the LM head, which the value model does not have: list module "
+            "names instead of a pattern, or pass value_peft_config."
+        )
 
 
 @contextlib.contextmanager
