@@ -84,7 +84,7 @@ def _launcher_environment(rank: int, num_ranks: int, port: int) -> dict[str, str
 def _serve(function: Callable[..., Any], args: Any, rank: int, answers: Any) -> None:
     try:
         value = function(*args)
-    except BaseException:
+    except BaseException:  # also a SystemExit: the parent waits for an answer of every rank
         answers.put((rank, False, traceback.format_exc()))
         raise SystemExit(1) from None
     answers.put((rank, True, value))

@@ -244,8 +244,7 @@ def test_responses_of_different_lengths_are_padded_on_the_right(backbone: Shared
         device=CPU,
     )
     ended = [stop in tokens for tokens in expected]
-    assert True in ended
-    assert False in ended
+    assert set(ended) == {True, False}  # both kinds of response are there
     assert rollout.stopped.tolist() == ended
     for row, tokens in enumerate(expected):
         length = tokens.index(stop) + 1 if ended[row] else 6
