@@ -1,4 +1,4 @@
-"""PPO on one shared 4-bit backbone for Hugging Face TRL.
+"""PPO on one shared 4-bit backbone, and synchronization auditing, for Hugging Face TRL.
 
 Public names are imported when they are first used: `import trl_sync` alone loads neither torch nor
 transformers.
@@ -12,30 +12,51 @@ from typing import TYPE_CHECKING, Any
 from trl_sync._version import __version__
 
 if TYPE_CHECKING:
+    from trl_sync.audit.auditor import AuditSummary, SyncAuditor
+    from trl_sync.audit.callback import SyncAuditCallback
+    from trl_sync.audit.config import AuditConfig
     from trl_sync.backbone.loading import load_reward_model, load_shared_backbone
     from trl_sync.backbone.shared import SharedBackbone
-    from trl_sync.errors import CheckpointError, ConfigError, RewardError
+    from trl_sync.errors import (
+        AuditError,
+        CheckpointError,
+        ConfigError,
+        DesyncError,
+        RewardError,
+    )
     from trl_sync.ppo.config import PPOConfig
     from trl_sync.ppo.trainer import PPOTrainer
 
 _MODULES = {
+    "AuditConfig": "trl_sync.audit.config",
+    "AuditError": "trl_sync.errors",
+    "AuditSummary": "trl_sync.audit.auditor",
     "CheckpointError": "trl_sync.errors",
     "ConfigError": "trl_sync.errors",
+    "DesyncError": "trl_sync.errors",
     "PPOConfig": "trl_sync.ppo.config",
     "PPOTrainer": "trl_sync.ppo.trainer",
     "RewardError": "trl_sync.errors",
     "SharedBackbone": "trl_sync.backbone.shared",
+    "SyncAuditCallback": "trl_sync.audit.callback",
+    "SyncAuditor": "trl_sync.audit.auditor",
     "load_reward_model": "trl_sync.backbone.loading",
     "load_shared_backbone": "trl_sync.backbone.loading",
 }
 
 __all__ = [
+    "AuditConfig",
+    "AuditError",
+    "AuditSummary",
     "CheckpointError",
     "ConfigError",
+    "DesyncError",
     "PPOConfig",
     "PPOTrainer",
     "RewardError",
     "SharedBackbone",
+    "SyncAuditCallback",
+    "SyncAuditor",
     "__version__",
     "load_reward_model",
     "load_shared_backbone",

@@ -8,6 +8,8 @@ import torch
 import xxhash
 from torch import Tensor, nn
 
+from trl_sync.quantization_state import quantization_tensors
+
 
 def base_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     """Every tensor of the base by its name: parameters, buffers and quantization state.
@@ -15,28 +17,9 @@ def base_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     Adapters are left out, and so is their trace in the names of the layers they sit on, so the
     names are those of the model before it was given adapters.
     """
-    for name, parameter in model.named_parameters():
-        if "lora_" in name:
-            continue
-        plain = name.replace(".base_layer", "")
-        yield plain, parameter
-        state = getattr(parameter, "quant_state", None)
-        if state is not None:
-            for key, value in sorted(state.as_dict().items()):
-                if isinstance(value, Tensor):
-                    yield f"{plain}.{key}", value
-            # as_dict() gives the offset of double quantization as a number.
-            if isinstance(getattr(state, "offset", None), Tensor):
-                yield f"{plain}.nested_offset", state.offset
-        # 8-bit layers keep the row scales beside the weight, and from their first forward on ...
-        scales = getattr(parameter, "SCB", None)
-        if isinstance(scales, Tensor):
-            yield f"{plain}.SCB", scales
-    for name, module in model.named_modules():
-        # ... in a state of their own.
-        scales = getattr(getattr(module, "state", None), "SCB", None)
-        if isinstance(scales, Tensor):
-            yield f"{name.replace('.base_layer', '')}.weight.SCB", scales
+    for name, tensor in (*model.named_parameters(), *quantization_tensors(model)):
+        if "lora_" not in name:
+            yield name.replace(".base_layer", ""), tensor
     for prefix, module in model.named_modules():
         for name, buffer in module.named_buffers(prefix, recurse=False):
             # What is computed rather than loaded, such as rotary frequencies, differs by device.

@@ -1,0 +1,1 @@
+"""Synchronization auditing: parameter checksums across ranks after every optimizer step."""

@@ -1,0 +1,112 @@
+"""The audit's only collectives: numbers that every rank must share, and what to show if not.
+
+Every rank calls them in the same order. On the healthy path there is one, of constant size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from trl_sync.audit.tensor_bytes import host_bytes
+from trl_sync.audit.findings import Difference
+from trl_sync.audit.localize import compare_with_reference
+
+
+class Comparison:
+    """Compares this rank with the others, on a gloo group of its own.
+
+    With one rank everything is equal and nothing is sent. `on_failure` is asked for the error to
+    raise when a collective fails because a rank is gone.
+
+    Creating it is collective: every rank of the default group must do so at the same place.
+    """
+
+    def __init__(
+        self,
+        *,
+        timeout_s: float,
+        on_failure: Callable[[RuntimeError], Exception] | None = None,
+    ) -> None:
+        self._on_failure = on_failure
+        distributed = dist.is_available() and dist.is_initialized()
+        self.world_size = dist.get_world_size() if distributed else 1
+        self.rank = dist.get_rank() if distributed else 0
+        self._group: Any = None
+        if self.world_size > 1:
+            # A group of its own: training's collectives, on another backend perhaps, never
+            # interleave with the audit's.
+            self._group = dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout_s))
+
+    def agree(self, values: Sequence[int]) -> list[bool]:
+        """True where every rank passed the same number; the list is the same on every rank.
+
+        `values` are signed 64-bit and as many on every rank. One all-reduce MAX of [x, ~x] gives
+        the largest and the smallest of each; unlike -x, ~x is exact for every int64.
+        """
+        if self._group is None:
+            return [True] * len(values)
+        own = torch.tensor(values, dtype=torch.int64)
+        both = torch.cat([own, ~own])
+        self._run(lambda: dist.all_reduce(both, op=dist.ReduceOp.MAX, group=self._group))
+        largest, smallest = both.chunk(2)
+        return (largest == ~smallest).tolist()
+
+    def gather(self, value: Any) -> list[Any]:
+        """`value` of every rank, by rank; anything that pickles."""
+        if self._group is None:
+            return [value]
+        gathered: list[Any] = [None] * self.world_size
+        self._run(lambda: dist.all_gather_object(gathered, value, group=self._group))
+        return gathered
+
+    def localize(self, tensor: Tensor | None, reference_rank: int) -> Difference | None:
+        """Where the lowest rank that differs parts from `reference_rank`, the same on every rank.
+
+        None if a rank lacks the tensor, its shape or type differs, or nothing differs. One copy of
+        the tensor's bytes is held on the host.
+        """
+        if self._group is None:
+            return None
+        form = None if tensor is None else (tuple(tensor.shape), str(tensor.dtype))
+        forms = self.gather(form)
+        if tensor is None or any(other != form for other in forms) or not tensor.numel():
+            return None
+        own = host_bytes(tensor)
+        sent = torch.frombuffer(bytearray(own), dtype=torch.uint8)
+        self._run(lambda: dist.broadcast(sent, src=reference_rank, group=self._group))
+        reference = sent.view(tensor.dtype).view(tensor.shape)
+        difference = compare_with_reference(tensor, reference, self.rank, reference_rank)
+        return next((found for found in self.gather(difference) if found is not None), None)
+
+    def broadcast(self, tensor: Tensor, source_rank: int) -> None:
+        """`tensor` of `source_rank` on every rank, in place, bit for bit."""
+        if self._group is None:
+            return
+        sent = torch.frombuffer(bytearray(host_bytes(tensor)), dtype=torch.uint8)
+        self._run(lambda: dist.broadcast(sent, src=source_rank, group=self._group))
+        with torch.no_grad():
+            tensor.data.copy_(sent.view(tensor.dtype).view(tensor.shape))
+
+    def barrier(self) -> None:
+        """Waits until every rank is here."""
+        self.gather(None)
+
+    def close(self) -> None:
+        """Gives the group back; the default group must still be there."""
+        if self._group is not None and dist.is_initialized():
+            dist.destroy_process_group(self._group)
+        self._group = None
+
+    def _run(self, collective: Callable[[], Any]) -> None:
+        try:
+            collective()
+        except RuntimeError as error:
+            if self._on_failure is None:
+                raise
+            raise self._on_failure(error) from error

@@ -1,0 +1,78 @@
+"""What the user chooses about the audit."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from trl_sync.audit.findings import Scope
+from trl_sync.errors import ConfigError
+
+ON_DESYNC = ("raise", "warn", "stop", "repair")
+AUTO = "auto"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AuditConfig:
+    """Options of `SyncAuditCallback` and `SyncAuditor`, which take them as keywords.
+
+    | option | meaning |
+    |---|---|
+    | `every_steps` | audit the trainable state at every Nth optimizer step |
+    | `frozen_cover_steps` | every byte of the frozen state is checked once within this many audits |
+    | `scopes` | names out of `Scope`; `None`: all |
+    | `modules` | further models by role name, e.g. `{"reference": ref_model}` |
+    | `on_desync` | `raise`, `warn`, `stop` (unverified checkpoint, then end) or `repair` |
+    | `journal` | file of JSON lines; `"auto"`: `sync_audit.jsonl` in the output folder, if there is one; `None`: none |
+    | `timeout_s` | how long a rank may lag behind the others before it is named |
+    | `blocking` | verdict at the same step (`True`) or one later (`False`); `None`: same step on CPU, one later on GPU |
+    | `self_test` | prove at the start, with one flipped bit on one rank, that the audit sees it |
+    | `manifest` | write `sync_manifest.json` beside every checkpoint and verify it on resume |
+    | `resume_from` | the checkpoint this run continues, if it is not in the output folder |
+
+    Raises:
+        ConfigError: names the option that cannot work.
+    """
+
+    every_steps: int = 1
+    frozen_cover_steps: int = 64
+    scopes: Collection[str] | None = None
+    modules: Mapping[str, Any] = field(default_factory=dict)
+    on_desync: str = "raise"
+    journal: str | Path | None = AUTO
+    timeout_s: float = 60.0
+    blocking: bool | None = None
+    self_test: bool = True
+    manifest: bool = True
+    resume_from: str | Path | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("every_steps", "frozen_cover_steps"):
+            value = getattr(self, name)
+            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+                raise ConfigError(f"{name} must be a whole number of at least 1, not {value!r}.")
+        if not self.timeout_s > 0:
+            raise ConfigError(f"timeout_s must be positive, not {self.timeout_s!r}.")
+        if self.on_desync not in ON_DESYNC:
+            raise ConfigError(
+                f"on_desync is {self.on_desync!r}; it must be one of {', '.join(ON_DESYNC)}."
+            )
+        if isinstance(self.scopes, str):
+            raise ConfigError(f"scopes must be a list of names, not the text {self.scopes!r}.")
+        known = [scope.value for scope in Scope]
+        unknown = sorted(set(self.scopes or ()) - set(known))
+        if unknown:
+            raise ConfigError(
+                f"Unknown audit scope(s) {', '.join(unknown)}; there are {', '.join(known)}."
+            )
+        for name, module in self.modules.items():
+            if not callable(getattr(module, "named_parameters", None)):
+                raise ConfigError(
+                    f"modules[{name!r}] must be a torch module, not {type(module).__name__}."
+                )
+
+    def audits(self, scope: Scope) -> bool:
+        """True if `scope` was asked for."""
+        return self.scopes is None or scope in self.scopes

@@ -1,0 +1,374 @@
+"""What all ranks saw -> what is wrong, where and why. Pure: the same on every rank."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+
+from trl_sync.audit.findings import Cause, Finding, Scope
+from trl_sync.audit.roles import LocalFinding
+from trl_sync.audit.snapshot import Kind, Slot
+
+# Statistics that every rank gathers from its own data.
+BATCH_STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Evidence:
+    """What one rank knows; gathered from all of them only when something differs.
+
+    `digests` are those of the slots that differ, by tensor. Of the trainable parameters, `edited`
+    differ before the update from what they were after the last one, `added` were not there then,
+    and `unmoved` were left alone by the update. `zero` are gradients that are absent or all zero.
+    """
+
+    rank: int
+    kind: Kind
+    step: int
+    updates: int
+    audit: int
+    algorithm: str
+    schema: tuple[tuple[str, str, str, tuple[int, ...]], ...] = ()
+    digests: Mapping[Slot, Mapping[str, bytes]] = field(default_factory=dict)
+    edited: frozenset[str] = frozenset()
+    added: frozenset[str] = frozenset()
+    unmoved: frozenset[str] = frozenset()
+    zero: frozenset[str] = frozenset()
+    learning_rates: tuple[float, ...] = ()
+    local: tuple[LocalFinding, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Context:
+    """What all ranks know alike.
+
+    `was_equal`: the last audit found the ranks equal; a difference that stays was reported then.
+    """
+
+    step: int
+    expected_updates: int
+    last_equal_step: int | None
+    was_equal: bool
+    role_of: Mapping[str, str]
+
+
+def diagnose(
+    evidence: Sequence[Evidence], counters: set[str], slots: set[Slot], context: Context
+) -> list[Finding]:
+    """Everything that is wrong, in the order in which it came about.
+
+    `counters` and `slots` are the numbers and checksums of the header on which ranks differ.
+    """
+    if "algorithm" in counters:
+        return [_different_algorithms(evidence, context)]
+    # Which tensors there are comes before how often they moved: an audit that one rank lacks
+    # shifts everything after it.
+    if counters & {"schema", "num_tensors"}:
+        return [_structure(evidence, context)]
+    if counters & {"kind", "step", "updates", "audit"}:
+        return [_skew(evidence, context)]
+    findings = _parameters_before(evidence, slots, context)
+    findings += _local(evidence, context)
+    if not findings or all(not finding.fatal for finding in findings):
+        findings += _frozen(evidence, slots, context)
+        findings += _update(evidence, slots, context)
+    findings += _buffers(evidence, slots, context)
+    return findings
+
+
+def majority(groups: Mapping[object, Sequence[int]], num_ranks: int) -> tuple[int, ...] | None:
+    """The ranks of the group that holds more than half of all, if there is one."""
+    largest = max(groups.values(), key=len)
+    return tuple(largest) if 2 * len(largest) > num_ranks else None
+
+
+def _different_algorithms(evidence: Sequence[Evidence], context: Context) -> Finding:
+    groups = _groups(evidence, lambda item: item.algorithm)
+    return Finding(
+        cause=Cause.STRUCTURE_MISMATCH,
+        step=context.step,
+        ranks=_odd(groups, len(evidence)),
+        evidence="Ranks run different versions or settings of the audit: " + _listing(groups) + ".",
+        holders=_holders(groups, str),
+    )
+
+
+def _structure(evidence: Sequence[Evidence], context: Context) -> Finding:
+    schemas = [dict(((scope, name), form) for scope, name, *form in e.schema) for e in evidence]
+    keys = list(dict.fromkeys(key for schema in schemas for key in schema))
+    different = [key for key in keys if len({str(schema.get(key)) for schema in schemas}) > 1]
+    if not different:
+        groups = _groups(evidence, lambda item: item.schema)
+        return Finding(
+            cause=Cause.STRUCTURE_MISMATCH,
+            step=context.step,
+            ranks=_odd(groups, len(evidence)),
+            evidence="The tensors are the same, but in another order.",
+        )
+    scope, name = different[0]
+    forms = {e.rank: schema.get((scope, name)) for e, schema in zip(evidence, schemas, strict=True)}
+    groups = _groups(evidence, lambda item: str(forms[item.rank]))
+    present = [rank for rank, form in forms.items() if form is not None]
+    if len(present) < len(evidence):
+        elsewhere = [str((s, n)) for s, n in different if n == name and s != scope]
+        moved = "in another scope on the others" if elsewhere else "not on the others"
+        text = f"It is {scope} on {_named(present)} and {moved}."
+    else:
+        text = f"Type or shape differ: {_listing(groups)}."
+    odd = _odd(groups, len(evidence))
+    if len(odd) == len(evidence) and 0 < len(present) < len(evidence):
+        odd = tuple(present)
+    return Finding(
+        cause=Cause.STRUCTURE_MISMATCH,
+        step=context.step,
+        ranks=odd,
+        scope=Scope(scope),
+        tensor=name,
+        role=context.role_of.get(name),
+        num_tensors=len({name for _, name in different}),
+        last_equal_step=context.last_equal_step,
+        evidence=text,
+    )
+
+
+def _skew(evidence: Sequence[Evidence], context: Context) -> Finding:
+    def place(item: Evidence) -> str:
+        return (
+            f"step {item.step}, {item.updates} optimizer step(s) since the last audit "
+            f"({item.kind.name.lower()} audit {item.audit})"
+        )
+
+    groups = _groups(evidence, place)
+    wrong = tuple(e.rank for e in evidence if e.updates != context.expected_updates)
+    odd = wrong if 0 < len(wrong) < len(evidence) else _odd(groups, len(evidence))
+    return Finding(
+        cause=Cause.STEP_SKEW,
+        step=context.step,
+        ranks=odd,
+        last_equal_step=context.last_equal_step,
+        evidence=f"Ranks are at different places: {_listing(groups)}.",
+    )
+
+
+def _parameters_before(
+    evidence: Sequence[Evidence], slots: set[Slot], context: Context
+) -> list[Finding]:
+    if Slot.BEFORE not in slots:
+        return []
+    names = _different(evidence, Slot.BEFORE)
+    added = [n for n in names if any(n in e.added for e in evidence)]
+    beginning = evidence[0].kind is Kind.BEGIN
+    if beginning or added:
+        return [_finding(Cause.INIT_MISMATCH, Slot.BEFORE, added or names, evidence, context)]
+    edited = [name for name in names if any(name in e.edited for e in evidence)]
+    if not edited:
+        return _parted_unseen(names, evidence, slots, context) if context.was_equal else []
+    ranks = tuple(e.rank for e in evidence if e.edited.intersection(edited))
+    text = f"It changed on {_named(ranks)} after the last update."
+    return [
+        _finding(
+            Cause.EDITED_OUTSIDE_STEP,
+            Slot.BEFORE,
+            edited,
+            evidence,
+            context,
+            ranks=ranks,
+            text=text,
+        )
+    ]
+
+
+def _parted_unseen(
+    names: Sequence[str], evidence: Sequence[Evidence], slots: set[Slot], context: Context
+) -> list[Finding]:
+    """Ranks parted in updates that were not audited; gradients now hint at why."""
+    text = "Ranks parted in an update that was not audited; every_steps=1 would tell more."
+    if Slot.GRADIENTS in slots:
+        return [_gradients(evidence, context, text=text)]
+    return [_finding(Cause.OPTIMIZER_DIVERGED, Slot.BEFORE, names, evidence, context, text=text)]
+
+
+def _local(evidence: Sequence[Evidence], context: Context) -> list[Finding]:
+    """What ranks found by themselves, one finding for each cause and role."""
+    grouped: dict[tuple[Cause, str | None, bool], list[tuple[int, LocalFinding]]] = {}
+    for item in evidence:
+        for local in item.local:
+            key = (local.cause, local.role, local.fatal)
+            grouped.setdefault(key, []).append((item.rank, local))
+    findings = []
+    for (cause, role, fatal), members in grouped.items():
+        names = list(dict.fromkeys(name for _, local in members for name in local.tensors))
+        ranks = tuple(dict.fromkeys(rank for rank, _ in members))
+        first = members[0][1]
+        # A declared move that only some ranks made is none.
+        fatal = fatal or len(ranks) < len(evidence)
+        findings.append(
+            Finding(
+                cause=cause,
+                step=context.step,
+                ranks=ranks,
+                scope=first.scope,
+                tensor=names[0] if names else None,
+                role=role or (context.role_of.get(names[0]) if names else None),
+                num_tensors=max(1, len(names)),
+                last_equal_step=first.last_equal_step,
+                evidence=first.evidence,
+                fatal=fatal,
+            )
+        )
+    return findings
+
+
+def _frozen(evidence: Sequence[Evidence], slots: set[Slot], context: Context) -> list[Finding]:
+    causes = {
+        Slot.FROZEN: Cause.FROZEN_CHANGED,
+        Slot.QUANTIZATION: Cause.QUANTIZATION_CHANGED,
+    }
+    findings = []
+    for slot, cause in causes.items():
+        if slot in slots:
+            beginning = evidence[0].kind is Kind.BEGIN
+            cause = Cause.INIT_MISMATCH if beginning else cause
+            names = _different(evidence, slot)
+            found = _finding(cause, slot, names, evidence, context)
+            # Checksums are of pieces; the tensor is what the user knows.
+            tensors = list(dict.fromkeys(name.partition("[")[0] for name in names))
+            findings.append(
+                replace(
+                    found,
+                    tensor=tensors[0],
+                    num_tensors=len(tensors),
+                    role=context.role_of.get(tensors[0]),
+                )
+            )
+    return findings
+
+
+def _update(evidence: Sequence[Evidence], slots: set[Slot], context: Context) -> list[Finding]:
+    """The first of gradients, parameters and optimizer state that differs explains the rest."""
+    beginning = evidence[0].kind is Kind.BEGIN
+    if Slot.BEFORE in slots and not beginning:
+        # Parted before this update, and reported then.
+        return []
+    if Slot.GRADIENTS in slots:
+        return [_gradients(evidence, context)]
+    if Slot.AFTER in slots:
+        return [_after(evidence, context)]
+    if Slot.OPTIMIZER in slots:
+        cause = Cause.INIT_MISMATCH if beginning else Cause.OPTIMIZER_DIVERGED
+        names = _different(evidence, Slot.OPTIMIZER)
+        return [_finding(cause, Slot.OPTIMIZER, names, evidence, context)]
+    return []
+
+
+def _gradients(
+    evidence: Sequence[Evidence],
+    context: Context,
+    text: str = "Gradients already differed before the step.",
+) -> Finding:
+    names = _different(evidence, Slot.GRADIENTS)
+    zero = tuple(e.rank for e in evidence if names[0] in e.zero)
+    ranks = None
+    if 0 < len(zero) < len(evidence):
+        ranks = zero
+        text += f" On {_named(zero)} the gradient is zero or absent."
+    return _finding(
+        Cause.GRADIENT_NOT_REDUCED,
+        Slot.GRADIENTS,
+        names,
+        evidence,
+        context,
+        ranks=ranks,
+        text=text,
+    )
+
+
+def _after(evidence: Sequence[Evidence], context: Context) -> Finding:
+    names = _different(evidence, Slot.AFTER)
+    still = tuple(e.rank for e in evidence if e.unmoved.issuperset(names))
+    if 0 < len(still) < len(evidence):
+        text = f"Gradients were equal, but the update did not happen on {_named(still)}."
+        return _finding(
+            Cause.STALE_REPLICA, Slot.AFTER, names, evidence, context, ranks=still, text=text
+        )
+    text = "Parameters and gradients were equal before the step."
+    rates = _groups(evidence, lambda item: ", ".join(f"{rate:.6g}" for rate in item.learning_rates))
+    if len(rates) > 1:
+        text += f" Learning rates: {_listing(rates)}."
+    return _finding(Cause.OPTIMIZER_DIVERGED, Slot.AFTER, names, evidence, context, text=text)
+
+
+def _buffers(evidence: Sequence[Evidence], slots: set[Slot], context: Context) -> list[Finding]:
+    if Slot.BUFFERS not in slots:
+        return []
+    names = [
+        name
+        for name in _different(evidence, Slot.BUFFERS)
+        if name.rpartition(".")[2] not in BATCH_STATISTICS
+    ]
+    if not names:
+        return []
+    found = _finding(Cause.BUFFERS_DIFFER, Slot.BUFFERS, names, evidence, context)
+    return [replace(found, fatal=False)]
+
+
+def _finding(
+    cause: Cause,
+    slot: Slot,
+    names: Sequence[str],
+    evidence: Sequence[Evidence],
+    context: Context,
+    *,
+    ranks: tuple[int, ...] | None = None,
+    text: str = "",
+) -> Finding:
+    first = names[0]
+    groups = _groups(evidence, lambda item: item.digests[slot].get(first, b"").hex())
+    owner = first.rpartition(".")[0] if slot is Slot.OPTIMIZER else first
+    return Finding(
+        cause=cause,
+        step=context.step,
+        ranks=ranks if ranks is not None else _odd(groups, len(evidence)),
+        scope=slot.scope,
+        tensor=first,
+        role=context.role_of.get(owner),
+        num_tensors=len(names),
+        holders=_holders(groups, lambda digest: f"{digest[:12]}..." if digest else "nothing"),
+        last_equal_step=context.last_equal_step,
+        evidence=text,
+    )
+
+
+def _different(evidence: Sequence[Evidence], slot: Slot) -> list[str]:
+    tables = [item.digests[slot] for item in evidence]
+    names = dict.fromkeys(name for table in tables for name in table)
+    return [name for name in names if len({table.get(name) for table in tables}) > 1]
+
+
+def _groups(
+    evidence: Iterable[Evidence], key: Callable[[Evidence], object]
+) -> dict[object, list[int]]:
+    groups: dict[object, list[int]] = {}
+    for item in evidence:
+        groups.setdefault(key(item), []).append(item.rank)
+    return groups
+
+
+def _odd(groups: Mapping[object, Sequence[int]], num_ranks: int) -> tuple[int, ...]:
+    """The minority; without a majority nobody knows who is right, so everybody."""
+    right = majority(groups, num_ranks) or ()
+    return tuple(r for members in groups.values() for r in members if r not in right)
+
+
+def _holders(
+    groups: Mapping[object, Sequence[int]], shown: Callable[[str], str]
+) -> tuple[tuple[tuple[int, ...], str], ...]:
+    return tuple((tuple(members), shown(str(value))) for value, members in groups.items())
+
+
+def _listing(groups: Mapping[object, Sequence[int]]) -> str:
+    return "; ".join(f"{value} on {_named(members)}" for value, members in groups.items())
+
+
+def _named(ranks: Sequence[int]) -> str:
+    return ("rank " if len(ranks) == 1 else "ranks ") + ",".join(map(str, ranks))

@@ -1,0 +1,271 @@
+"""Which tensors there are to audit, by name, scope and role."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol, runtime_checkable
+
+from torch import Tensor, nn
+from torch.nn.modules import module as module_hooks
+
+from trl_sync.quantization_state import quantization_tensors
+
+MODEL = "model"
+_ENGINE_WRAPPERS = (nn.parallel.DistributedDataParallel, nn.DataParallel)
+
+
+@runtime_checkable
+class SyncRole(Protocol):
+    """What a model's `sync_roles()` says of one role.
+
+    `parameters` belong to the role, `modules` are what runs for it.
+    """
+
+    trainable: bool
+    parameters: Sequence[nn.Parameter]
+    modules: Sequence[nn.Module]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Role:
+    """One declared role: its parameters, and the modules that run for it."""
+
+    name: str
+    trainable: bool
+    parameters: tuple[nn.Parameter, ...]
+    modules: tuple[nn.Module, ...]
+
+
+@dataclass(slots=True, kw_only=True)
+class NamedTensors:
+    """Tensors with their names, in the same order on every rank."""
+
+    names: list[str] = field(default_factory=list)
+    tensors: list[Any] = field(default_factory=list)
+
+    def add(self, name: str, tensor: Tensor | None) -> None:
+        self.names.append(name)
+        self.tensors.append(tensor)
+
+    def items(self) -> Iterator[tuple[str, Any]]:
+        return zip(self.names, self.tensors, strict=True)
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+
+class Inventory:
+    """The tensors of a model, its optimizer and further modules.
+
+    `modules` are models by role name that are not part of `model`, such as a reference or a reward
+    model. A model that offers `sync_roles()` names its own roles.
+
+    Walking the modules costs milliseconds, so it is done again only when something was registered
+    on a module since, when `requires_grad` changed, or on `refresh(force=True)`.
+    """
+
+    trainable: NamedTensors
+    frozen: NamedTensors
+    quantization: NamedTensors
+    buffers: NamedTensors
+    roles: list[Role]
+    role_of: dict[str, str]
+    unavailable: dict[str, str]
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: Any = None,
+        modules: Mapping[str, nn.Module] | None = None,
+    ) -> None:
+        self.model = unwrapped(model)
+        self.optimizer = optimizer
+        self.modules = {name: unwrapped(module) for name, module in (modules or {}).items()}
+        self.version = 0
+        self._stale = True
+        self._handles = [
+            register(self._on_registration)
+            for register in (
+                module_hooks.register_module_parameter_registration_hook,
+                module_hooks.register_module_module_registration_hook,
+                module_hooks.register_module_buffer_registration_hook,
+            )
+        ]
+        self.refresh()
+
+    def close(self) -> None:
+        """Stops listening to registrations."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles = []
+
+    def refresh(self, force: bool = False) -> bool:
+        """True if the tensors may be others than before, and were collected again."""
+        if not (force or self._stale or self._requires_grad_changed()):
+            return False
+        self._stale = False
+        before = self._identity() if self.version else None
+        self._collect()
+        if self._identity() != before:
+            self.version += 1
+        return True
+
+    def gradients(self) -> list[Tensor | None]:
+        """The gradient of each trainable parameter, in their order."""
+        return [parameter.grad for parameter in self.trainable.tensors]
+
+    def optimizer_parameters(self) -> list[nn.Parameter]:
+        """Every parameter the optimizer updates."""
+        if self.optimizer is None:
+            return []
+        return [p for group in self.optimizer.param_groups for p in group["params"]]
+
+    def optimizer_state(self) -> NamedTensors:
+        """The tensors of the optimizer's state, as `<parameter>.<key>`.
+
+        Parameters that are not the model's, such as an engine's own copies, are counted instead.
+        """
+        found = NamedTensors()
+        if self.optimizer is None:
+            return found
+        names = {id(p): name for name, p in self.trainable.items()}
+        names |= {id(p): name for name, p in self.frozen.items()}
+        foreign = itertools.count()
+        state = torch_optimizer(self.optimizer).state
+        for parameter in self.optimizer_parameters():
+            name = names.get(id(parameter)) or f"optimizer_parameter_{next(foreign)}"
+            for key, value in sorted(state.get(parameter, {}).items(), key=lambda pair: pair[0]):
+                if isinstance(value, Tensor):
+                    found.add(f"{name}.{key}", value)
+        return found
+
+    def learning_rates(self) -> dict[int, float]:
+        """The learning rate of each parameter of the optimizer, by its id."""
+        if self.optimizer is None:
+            return {}
+        return {
+            id(p): float(group.get("lr", 0.0))
+            for group in self.optimizer.param_groups
+            for p in group["params"]
+        }
+
+    def schema(self) -> list[tuple[str, str, str, tuple[int, ...]]]:
+        """Scope, name, type and shape of everything but optimizer state and gradients."""
+        return [
+            (scope, name, f"{tensor.dtype} on {tensor.device.type}", tuple(tensor.shape))
+            for scope, tensors in self._scopes()
+            for name, tensor in tensors.items()
+        ]
+
+    def _scopes(self) -> tuple[tuple[str, NamedTensors], ...]:
+        return (
+            ("trainable", self.trainable),
+            ("frozen", self.frozen),
+            ("quantization", self.quantization),
+            ("buffers", self.buffers),
+        )
+
+    def _identity(self) -> list[tuple[str, str, int]]:
+        return [(s, n, id(t)) for s, tensors in self._scopes() for n, t in tensors.items()]
+
+    def _requires_grad_changed(self) -> bool:
+        return any(p.requires_grad for p in self.frozen.tensors) or not all(
+            p.requires_grad for p in self.trainable.tensors
+        )
+
+    def _on_registration(self, *args: Any) -> None:
+        self._stale = True
+
+    def _collect(self) -> None:
+        self.trainable, self.frozen = NamedTensors(), NamedTensors()
+        self.quantization, self.buffers = NamedTensors(), NamedTensors()
+        self.unavailable = {}
+        seen: set[int] = set()
+        for prefix, module in self._named_modules():
+            for name, parameter in module.named_parameters(prefix):
+                if id(parameter) in seen:
+                    continue
+                seen.add(id(parameter))
+                reason = unsupported_reason(parameter)
+                if reason is not None:
+                    self.unavailable[name] = reason
+                elif parameter.requires_grad:
+                    self.trainable.add(name, parameter)
+                else:
+                    self.frozen.add(name, parameter)
+            for name, tensor in quantization_tensors(module):
+                self.quantization.add(_join(prefix, name), tensor)
+            for name, buffer in module.named_buffers(prefix):
+                if unsupported_reason(buffer) is None:
+                    self.buffers.add(name, buffer)
+        self.roles = list(self._declared_roles())
+        self.role_of = self._roles_by_name()
+
+    def _named_modules(self) -> Iterator[tuple[str, nn.Module]]:
+        yield "", self.model
+        yield from self.modules.items()
+
+    def _declared_roles(self) -> Iterator[Role]:
+        declare = getattr(self.model, "sync_roles", None)
+        declared: Mapping[str, SyncRole] = declare() if callable(declare) else {}
+        for name, role in declared.items():
+            yield Role(
+                name=name,
+                trainable=role.trainable,
+                parameters=tuple(role.parameters),
+                modules=tuple(role.modules),
+            )
+        for name, module in self.modules.items():
+            yield Role(
+                name=name,
+                trainable=False,
+                parameters=tuple(module.parameters()),
+                modules=(module,),
+            )
+
+    def _roles_by_name(self) -> dict[str, str]:
+        """The role of each tensor; of one that several share, the trainable one."""
+        role_of_id: dict[int, str] = {}
+        for role in sorted(self.roles, key=lambda role: role.trainable):
+            role_of_id |= dict.fromkeys(map(id, role.parameters), role.name)
+        named: Iterable[tuple[str, Any]] = (*self.trainable.items(), *self.frozen.items())
+        roles = {name: role_of_id[id(p)] for name, p in named if id(p) in role_of_id}
+        weights = {name: roles.get(name.rpartition(".")[0]) for name in self.quantization.names}
+        return roles | {name: role for name, role in weights.items() if role is not None}
+
+
+def unwrapped(module: nn.Module) -> nn.Module:
+    """`module` without DDP and torch.compile around it."""
+    while True:
+        if isinstance(module, _ENGINE_WRAPPERS):
+            module = module.module
+        elif isinstance(getattr(module, "_orig_mod", None), nn.Module):
+            module = module._orig_mod
+        else:
+            return module
+
+
+def torch_optimizer(optimizer: Any) -> Any:
+    """The optimizer inside accelerate's wrapper, which is an `Optimizer` by name only."""
+    while hasattr(optimizer, "optimizer"):
+        optimizer = optimizer.optimizer
+    return optimizer
+
+
+def unsupported_reason(tensor: Tensor) -> str | None:
+    """Why this tensor cannot be compared across ranks, or None if it can."""
+    if hasattr(tensor, "ds_id"):
+        return "partitioned by ZeRO-3"
+    if type(tensor).__name__ == "DTensor" or hasattr(tensor, "device_mesh"):
+        return "sharded by FSDP2 or tensor parallelism"
+    if type(tensor).__name__ == "FlatParameter":
+        return "sharded by FSDP1"
+    if tensor.is_meta:
+        return "on the meta device, without bytes"
+    return None
+
+
+def _join(prefix: str, name: str) -> str:
+    return f"{prefix}.{name}" if prefix else name

@@ -1,0 +1,75 @@
+"""`sync_audit.jsonl`: one JSON line per audit, written by rank 0; docs/audit.md lists the fields."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator
+from io import TextIOWrapper
+from pathlib import Path
+from typing import Any
+
+from trl_sync.errors import ConfigError
+
+JOURNAL_NAME = "sync_audit.jsonl"
+FORMAT = 1
+
+
+class Journal:
+    """Appends events to a file, or does nothing if there is none.
+
+    Every line is on disk (in the kernel, that is) before the call returns, so that what was known
+    before a process was killed can be read.
+    """
+
+    def __init__(self, path: Path | None) -> None:
+        self._path = path
+        self._file: TextIOWrapper | None = None
+
+    def write(self, event: str, **fields: Any) -> None:
+        """Adds one line; the file is made at the first one."""
+        if self._path is None:
+            return
+        if self._file is None:
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            self._file = self._path.open("a", encoding="utf-8")
+        self._file.write(json.dumps({"event": event, **_plain(fields)}) + "\n")
+        self._file.flush()
+
+    def close(self) -> None:
+        if self._file is not None:
+            self._file.close()
+            self._file = None
+
+
+def read_journal(path: Path) -> Iterator[dict[str, Any]]:
+    """The events of a journal, in order; a last line that was cut short by a kill is left out.
+
+    Raises:
+        ConfigError: there is no such file, or a line before the last is not a journal's.
+    """
+    try:
+        lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError as error:
+        raise ConfigError(f"Cannot read the journal {path}: {error.strerror or error}.") from error
+    for number, line in enumerate(lines, start=1):
+        try:
+            event = json.loads(line)
+        except json.JSONDecodeError as error:
+            if number == len(lines):
+                return
+            raise ConfigError(f"{path}, line {number}: not JSON ({error.msg}).") from error
+        if not isinstance(event, dict) or "event" not in event:
+            raise ConfigError(f"{path}, line {number}: not an event of a synchronization audit.")
+        yield event
+
+
+def _plain(value: Any) -> Any:
+    """`value` as JSON holds it: no NaN or infinity, tuples as lists, enums by value."""
+    if isinstance(value, dict):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple | set | frozenset):
+        return [_plain(item) for item in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return repr(value)
+    return value

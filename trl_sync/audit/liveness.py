@@ -1,0 +1,90 @@
+"""Parameters that have gradients and a learning rate and still do not move."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from enum import Enum
+
+import torch
+from torch import Tensor
+
+# Updates in a row: one may be lost to rounding, an overflow or a clipped outlier.
+UPDATES = 3
+# Adam divides by |g| + 1e-8: far above that its update is about the learning rate.
+CLEAR_GRADIENT = 1e-6
+
+
+class Motion(Enum):
+    """What the coming update should do to a parameter."""
+
+    NOTHING = 0
+    UNDERFLOW = 1
+    MOVE = 2
+
+
+class Liveness:
+    """Counts, for each trainable parameter, the updates that should have moved it and did not."""
+
+    def __init__(self) -> None:
+        self._suspects: set[str] = set()
+        self._counts: dict[Motion, dict[str, int]] = {Motion.MOVE: {}, Motion.UNDERFLOW: {}}
+
+    def expect(
+        self,
+        names: Sequence[str],
+        parameters: Sequence[Tensor],
+        learning_rates: Mapping[int, float],
+    ) -> dict[str, Motion]:
+        """What the coming update should do to the suspects; ask when gradients are final.
+
+        A parameter that the optimizer does not hold itself has no rate: the largest one counts.
+        """
+        if not self._suspects:
+            return {}
+        largest = max(learning_rates.values(), default=0.0)
+        return {
+            name: expected_motion(parameter, learning_rates.get(id(parameter), largest))
+            for name, parameter in zip(names, parameters, strict=True)
+            if name in self._suspects
+        }
+
+    def observe(
+        self, unmoved: frozenset[str], expected: Mapping[str, Motion]
+    ) -> tuple[list[str], list[str]]:
+        """Who stood still for `UPDATES` updates in a row: wrongly, and by underflow.
+
+        `unmoved` are the parameters whose bytes the last update left as they were.
+        """
+        self._suspects = set(unmoved)
+        for motion, counts in self._counts.items():
+            kept = {name: count for name, count in counts.items() if name in unmoved}
+            for name in unmoved:
+                if expected.get(name) is motion:
+                    kept[name] = kept.get(name, 0) + 1
+            self._counts[motion] = kept
+        stuck, underflowed = (
+            [name for name, count in self._counts[motion].items() if count >= UPDATES]
+            for motion in (Motion.MOVE, Motion.UNDERFLOW)
+        )
+        return sorted(stuck), sorted(underflowed)
+
+
+def expected_motion(parameter: Tensor, learning_rate: float) -> Motion:
+    """What a usual update with this gradient does to `parameter`.
+
+    Usual: at least `learning_rate * min(1, |gradient|)` in some element, as SGD's, and Adam's once
+    the gradient is clear of its epsilon. Where that is less than the rounding of the parameter, a
+    16-bit one stands still by underflow, and one of full precision says nothing.
+    """
+    gradient = parameter.grad
+    if gradient is None or learning_rate <= 0.0 or not parameter.dtype.is_floating_point:
+        return Motion.NOTHING
+    with torch.no_grad():
+        size = gradient.detach().abs().float()
+        clear_mask = size > CLEAR_GRADIENT
+        step = learning_rate * size.clamp(max=1.0)
+        resolution = 4 * torch.finfo(parameter.dtype).eps * parameter.detach().abs().float()
+        if bool((clear_mask & (step > resolution)).any()):
+            return Motion.MOVE
+        sixteen_bits = torch.finfo(parameter.dtype).bits == 16
+        return Motion.UNDERFLOW if sixteen_bits and bool(clear_mask.any()) else Motion.NOTHING

@@ -1,0 +1,139 @@
+"""One audit of one rank: the checksums it took, and the numbers that all ranks must share."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from enum import IntEnum, StrEnum
+
+import xxhash
+
+from trl_sync.audit.baseline import SliceChecksums
+from trl_sync.audit.digest import PendingDigests, combine
+from trl_sync.audit.findings import Scope
+from trl_sync.audit.liveness import Motion
+from trl_sync.audit.roles import LocalFinding
+
+
+class Kind(IntEnum):
+    """What made the audit; ranks that audit for different reasons are out of step."""
+
+    BEGIN = 1
+    UPDATE = 2
+    FULL = 3
+    SELF_TEST = 4
+
+
+class Slot(StrEnum):
+    """Checksums that all ranks compare, in the order in which they come about in an update."""
+
+    BEFORE = "before"
+    FROZEN = "frozen"
+    QUANTIZATION = "quantization"
+    GRADIENTS = "gradients"
+    AFTER = "after"
+    OPTIMIZER = "optimizer"
+    BUFFERS = "buffers"
+    RNG = "rng"
+
+    @property
+    def scope(self) -> Scope:
+        trainable = self in (Slot.BEFORE, Slot.AFTER)
+        return Scope.TRAINABLE if trainable else Scope(self.value)
+
+
+COUNTERS = ("kind", "algorithm", "schema", "num_tensors", "step", "updates", "audit", "local")
+
+
+@dataclass(slots=True, kw_only=True)
+class Taken:
+    """Checksums under way for one slot, with the name of each tensor."""
+
+    names: Sequence[str]
+    pending: PendingDigests
+
+
+@dataclass(slots=True, kw_only=True)
+class Snapshot:
+    """What one audit of this rank has gathered, before it is compared.
+
+    `updates` counts real optimizer steps since the last audit. `expected` is what liveness expects
+    of the update.
+    """
+
+    kind: Kind
+    step: int
+    audit: int
+    updates: int
+    taken: dict[Slot, Taken] = field(default_factory=dict)
+    frozen: SliceChecksums | None = None
+    expected: Mapping[str, Motion] = field(default_factory=dict)
+    learning_rates: tuple[float, ...] = ()
+    local: list[LocalFinding] = field(default_factory=list)
+
+    @property
+    def size_bytes(self) -> int:
+        size = sum(taken.pending.size_bytes for taken in self.taken.values())
+        return size + (self.frozen.pending.size_bytes if self.frozen is not None else 0)
+
+
+@dataclass(slots=True, kw_only=True)
+class Checksums:
+    """The checksums of a snapshot, final: `names` and `digests` by slot, in the same order."""
+
+    names: dict[Slot, Sequence[str]]
+    digests: dict[Slot, list[bytes]]
+
+    def by_name(self, slot: Slot) -> dict[str, bytes]:
+        return dict(zip(self.names.get(slot, ()), self.digests.get(slot, ()), strict=True))
+
+    def roots(self) -> dict[Slot, bytes]:
+        """One checksum a slot."""
+        return {slot: combine(digests) for slot, digests in self.digests.items()}
+
+
+def header(
+    snapshot: Snapshot,
+    roots: Mapping[Slot, bytes],
+    *,
+    algorithm: int,
+    schema: int,
+    num_tensors: int,
+) -> list[int]:
+    """The numbers that every rank must share, as many in every audit: `COUNTERS`, then roots."""
+    values = [
+        int(snapshot.kind),
+        algorithm,
+        schema,
+        num_tensors,
+        snapshot.step,
+        snapshot.updates,
+        snapshot.audit,
+        local_checksum(snapshot.local),
+    ]
+    for slot in Slot:
+        values += _words(roots.get(slot, bytes(16)))
+    return values
+
+
+def read_header(agreed: Sequence[bool]) -> tuple[set[str], set[Slot]]:
+    """The counters and the slots on which ranks differ."""
+    counters = {name for name, same in zip(COUNTERS, agreed, strict=False) if not same}
+    words = agreed[len(COUNTERS) :]
+    slots = {slot for i, slot in enumerate(Slot) if not all(words[2 * i : 2 * i + 2])}
+    return counters, slots
+
+
+def checksum_of(value: object) -> int:
+    """A signed 64-bit checksum of what `repr` shows."""
+    return int.from_bytes(xxhash.xxh3_64_digest(repr(value).encode()), "little", signed=True)
+
+
+def local_checksum(local: Sequence[LocalFinding]) -> int:
+    """0 if this rank found nothing by itself; else a checksum of what it found."""
+    return checksum_of(local) if local else 0
+
+
+def _words(digest: bytes) -> tuple[int, int]:
+    low = int.from_bytes(digest[:8], "little", signed=True)
+    return low, int.from_bytes(digest[8:], "little", signed=True)

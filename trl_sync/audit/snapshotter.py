@@ -1,0 +1,309 @@
+"""Takes the checksums of one rank around each update, and knows how they were before."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from trl_sync.audit.baseline import FrozenBaseline, Piece
+from trl_sync.audit.config import AuditConfig
+from trl_sync.audit.diagnose import BATCH_STATISTICS
+from trl_sync.audit.digest import Digester, PendingDigests
+from trl_sync.audit.findings import Cause, Scope
+from trl_sync.audit.inventory import Inventory, NamedTensors
+from trl_sync.audit.liveness import Liveness, Motion
+from trl_sync.audit.roles import LocalFinding, RoleWatch, check_roles
+from trl_sync.audit.snapshot import Checksums, Kind, Slot, Snapshot, Taken
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class History:
+    """How the trainable parameters of a snapshot changed, by the checksums before it.
+
+    `edited`: between the last update and this one; `added`: not there then; `unmoved`: by the
+    update itself.
+    """
+
+    edited: frozenset[str] = frozenset()
+    added: frozenset[str] = frozenset()
+    unmoved: frozenset[str] = frozenset()
+
+
+@dataclass(slots=True)
+class _BeforeUpdate:
+    taken: dict[Slot, Taken] = field(default_factory=dict)
+    expected: dict[str, Motion] = field(default_factory=dict)
+
+
+class Snapshotter:
+    """Snapshots of one rank: call `before_update`, `after_update`, or `full`, then `resolve`."""
+
+    def __init__(self, inventory: Inventory, config: AuditConfig, scopes: Sequence[Scope]) -> None:
+        self.inventory = inventory
+        self._scopes = frozenset(scopes)
+        self._cover_steps = config.frozen_cover_steps
+        self.baseline = FrozenBaseline(
+            config.frozen_cover_steps,
+            [scope for scope in (Scope.FROZEN, Scope.QUANTIZATION) if scope in self._scopes],
+        )
+        self._roles = RoleWatch()
+        self._liveness = Liveness()
+        self._digesters: dict[Slot, Digester] = {}
+        self._before = _BeforeUpdate()
+        self._num_audits = 0
+        self._last: tuple[Sequence[str], list[bytes]] | None = None
+        self._known_version = -1
+        self._optimizer_size = -1
+        self.declared_sync: str | None = None
+
+    def close(self) -> None:
+        """Removes every hook."""
+        self._roles.close()
+        self.inventory.close()
+
+    def before_update(self) -> None:
+        """Gradients as they will be used, and the parameters they will be applied to."""
+        self._follow_inventory()
+        trainable, inventory = self.inventory.trainable, self.inventory
+        self._before = _BeforeUpdate()
+        if Scope.TRAINABLE in self._scopes:
+            self._take(self._before.taken, Slot.BEFORE, trainable.names, trainable.tensors)
+            self._before.expected = self._liveness.expect(
+                trainable.names, trainable.tensors, inventory.learning_rates()
+            )
+        if Scope.GRADIENTS in self._scopes:
+            self._take(self._before.taken, Slot.GRADIENTS, trainable.names, inventory.gradients())
+
+    def after_update(self, step: int, audit: int, updates: int) -> Snapshot:
+        """The updated parameters and the next slice of the frozen state."""
+        snapshot = Snapshot(
+            kind=Kind.UPDATE,
+            step=step,
+            audit=audit,
+            updates=updates,
+            taken=self._before.taken,
+            expected=self._before.expected,
+            learning_rates=self._learning_rates(),
+        )
+        self._before = _BeforeUpdate()
+        self._num_audits += 1
+        self._take_parameters(snapshot, Slot.AFTER)
+        snapshot.frozen = self.baseline.start_next(step)
+        if self._num_audits % self._cover_steps == 0:
+            self._take_rest(snapshot)
+            snapshot.local += self._check_roles()
+        snapshot.local += self._pending_local()
+        return snapshot
+
+    def full(self, kind: Kind, step: int, audit: int, updates: int) -> Snapshot:
+        """Everything there is, all of the frozen state included."""
+        self._follow_inventory(force=True)
+        snapshot = Snapshot(
+            kind=kind,
+            step=step,
+            audit=audit,
+            updates=updates,
+            learning_rates=self._learning_rates(),
+        )
+        self._take_parameters(snapshot, Slot.BEFORE)
+        snapshot.frozen = self.baseline.start_all(step)
+        self._take_rest(snapshot)
+        snapshot.local += self._check_roles()
+        snapshot.local += self._pending_local()
+        return snapshot
+
+    def resolve(self, snapshot: Snapshot) -> tuple[Checksums, History]:
+        """The checksums of `snapshot`, waited for, and what they say about the past.
+
+        Adds to `snapshot.local` what they say of frozen tensors and of liveness.
+        """
+        names = {slot: taken.names for slot, taken in snapshot.taken.items()}
+        digests = {slot: taken.pending.result() for slot, taken in snapshot.taken.items()}
+        checksums = Checksums(names=names, digests=digests)
+        self._resolve_frozen(snapshot, checksums)
+        history = self._history(snapshot, checksums)
+        if snapshot.kind is Kind.UPDATE and snapshot.updates:
+            snapshot.local += self._dead_parameters(snapshot, history)
+        newest = Slot.AFTER if Slot.AFTER in digests else Slot.BEFORE
+        if newest in digests:
+            self._last = (names[newest], digests[newest])
+        return checksums, history
+
+    def forget_trainable(self) -> None:
+        """The parameters were set from outside: the next comparison with the past is void."""
+        self._last = None
+
+    def zero_gradients(self) -> frozenset[str]:
+        """The parameters whose gradient is absent or all zero; asked when something differs."""
+        return frozenset(
+            name
+            for name, p in self.inventory.trainable.items()
+            if p.grad is None or not bool(p.grad.detach().any())
+        )
+
+    def _follow_inventory(self, force: bool = False) -> None:
+        self.inventory.refresh(force)
+        if self.inventory.version != self._known_version:
+            self._known_version = self.inventory.version
+            self.baseline.cut(self.inventory)
+            self._digesters = {}
+            if Scope.ROLES in self._scopes:
+                self._roles.listen(self.inventory)
+                self._optimizer_size = -1
+
+    def _take(
+        self,
+        taken: dict[Slot, Taken],
+        slot: Slot,
+        names: Sequence[str],
+        tensors: Sequence[Tensor | None],
+    ) -> None:
+        digester = self._digesters.setdefault(slot, Digester())
+        taken[slot] = Taken(names=names, pending=digester.start(tensors))
+
+    def _take_parameters(self, snapshot: Snapshot, slot: Slot) -> None:
+        if Scope.TRAINABLE in self._scopes:
+            trainable = self.inventory.trainable
+            self._take(snapshot.taken, slot, trainable.names, trainable.tensors)
+
+    def _take_rest(self, snapshot: Snapshot) -> None:
+        """What is looked at once in `frozen_cover_steps`."""
+        if Scope.OPTIMIZER in self._scopes:
+            state = self.inventory.optimizer_state()
+            self._take(snapshot.taken, Slot.OPTIMIZER, state.names, state.tensors)
+        if Scope.BUFFERS in self._scopes:
+            buffers = _without_batch_statistics(self.inventory.buffers)
+            self._take(snapshot.taken, Slot.BUFFERS, buffers.names, buffers.tensors)
+        if Scope.RNG in self._scopes:
+            self._take(snapshot.taken, Slot.RNG, ["cpu"], [torch.get_rng_state()])
+
+    def _check_roles(self) -> list[LocalFinding]:
+        return check_roles(self.inventory) if Scope.ROLES in self._scopes else []
+
+    def _pending_local(self) -> list[LocalFinding]:
+        if Scope.ROLES not in self._scopes:
+            return []
+        found = self._roles.drain()
+        size = len(self.inventory.optimizer_parameters())
+        if size != self._optimizer_size:
+            # The optimizer or the model got or lost parameters since the last look.
+            self._optimizer_size = size
+            found += [new for new in self._check_roles() if new not in found]
+        return found
+
+    def _learning_rates(self) -> tuple[float, ...]:
+        return tuple(sorted(set(self.inventory.learning_rates().values())))
+
+    def _resolve_frozen(self, snapshot: Snapshot, checksums: Checksums) -> None:
+        if snapshot.frozen is None:
+            return
+        pieces, digests = snapshot.frozen.pieces, snapshot.frozen.pending.result()
+        for slot in (Slot.FROZEN, Slot.QUANTIZATION):
+            chosen = [
+                (piece.label, digest)
+                for piece, digest in zip(pieces, digests, strict=True)
+                if piece.scope == slot.scope
+            ]
+            checksums.names[slot] = [label for label, _ in chosen]
+            checksums.digests[slot] = [digest for _, digest in chosen]
+        changed = self.baseline.compare(pieces, digests)
+        if changed:
+            snapshot.local += self._moved(changed, len(pieces), snapshot)
+            if self.declared_sync is not None:
+                self.baseline.accept(pieces, digests)
+
+    def _moved(
+        self, changed: Sequence[Piece], num_pieces: int, snapshot: Snapshot
+    ) -> list[LocalFinding]:
+        findings = []
+        for scope, cause in (
+            (Scope.FROZEN, Cause.FROZEN_CHANGED),
+            (Scope.QUANTIZATION, Cause.QUANTIZATION_CHANGED),
+        ):
+            pieces = [piece for piece in changed if piece.scope is scope]
+            if not pieces:
+                continue
+            size = sum(piece.size_bytes for piece in pieces)
+            text = (
+                f"Not as it was when first seen: {len(pieces)} of {num_pieces} checked pieces, "
+                f"{size:,} bytes in {len({piece.name for piece in pieces})} tensor(s)."
+            )
+            if self.declared_sync is not None:
+                text += f" Declared: {self.declared_sync}."
+            findings.append(
+                LocalFinding(
+                    cause=cause,
+                    scope=scope,
+                    tensors=tuple(dict.fromkeys(piece.name for piece in pieces)),
+                    evidence=text,
+                    fatal=self.declared_sync is None,
+                    last_equal_step=snapshot.frozen.last_step if snapshot.frozen else None,
+                )
+            )
+        return findings
+
+    def _history(self, snapshot: Snapshot, checksums: Checksums) -> History:
+        names = checksums.names.get(Slot.BEFORE)
+        if names is None:
+            return History()
+        before, after = checksums.digests[Slot.BEFORE], checksums.digests.get(Slot.AFTER)
+        edited: frozenset[str] = frozenset()
+        added: frozenset[str] = frozenset()
+        if self._last is not None:
+            last_names, last = self._last
+            if last_names is names or last_names == names:
+                # One comparison of two lists on the healthy path.
+                pairs = zip(names, last, before, strict=True) if last != before else ()
+                changed = frozenset(name for name, then, now in pairs if then != now)
+            else:
+                known = dict(zip(last_names, last, strict=True))
+                now_by_name = dict(zip(names, before, strict=True))
+                added = frozenset(now_by_name) - frozenset(known)
+                changed = frozenset(n for n, d in now_by_name.items() if known.get(n, d) != d)
+            # After several updates since, or before the first, a change is none.
+            edited = changed if snapshot.updates == (snapshot.kind is Kind.UPDATE) else edited
+        after_names = checksums.names.get(Slot.AFTER)
+        unmoved: frozenset[str] = frozenset()
+        if after is not None and (after_names is names or after_names == names):
+            still = zip(names, before, after, strict=True)
+            unmoved = frozenset(name for name, then, now in still if then == now)
+        return History(edited=edited, added=added, unmoved=unmoved)
+
+    def _dead_parameters(self, snapshot: Snapshot, history: History) -> list[LocalFinding]:
+        stuck, underflowed = self._liveness.observe(history.unmoved, snapshot.expected)
+        findings = []
+        if stuck:
+            findings.append(
+                LocalFinding(
+                    cause=Cause.NEVER_UPDATED,
+                    scope=Scope.TRAINABLE,
+                    tensors=tuple(stuck),
+                    evidence="It has had clear gradients and a positive learning rate, and its "
+                    "bytes did not change.",
+                )
+            )
+        if underflowed:
+            findings.append(
+                LocalFinding(
+                    cause=Cause.NEVER_UPDATED,
+                    scope=Scope.TRAINABLE,
+                    tensors=tuple(underflowed),
+                    evidence="Its updates are smaller than the rounding of its 16-bit type.",
+                    fatal=False,
+                )
+            )
+        return findings
+
+
+def _without_batch_statistics(buffers: NamedTensors) -> NamedTensors:
+    kept = NamedTensors()
+    for name, buffer in buffers.items():
+        if name.rpartition(".")[2] not in BATCH_STATISTICS:
+            kept.add(name, buffer)
+    return kept
+
+
+__all__ = ["History", "PendingDigests", "Snapshotter"]
