@@ -25,7 +25,7 @@ from trl_sync.backbone.quantization import nf4_config
 
 @dataclass
 class ScriptArguments:
-    """Data, reward and precision of the base."""
+    """Data, reward, precision of the base, and the audit."""
 
     dataset_name: str | None = field(
         default=None, metadata={"help": "Dataset on the hub with a `prompt` column."}
@@ -47,6 +47,9 @@ class ScriptArguments:
     )
     no_quantization: bool = field(
         default=False, metadata={"help": "Keep the base in --dtype instead of 4-bit NF4."}
+    )
+    audit: bool = field(
+        default=True, metadata={"help": "Check after every update that all ranks agree."}
     )
 
 

@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from torch.nn import Module
 from transformers import AutoTokenizer, set_seed
 from trl import ModelConfig, TrlParser
 
@@ -35,7 +36,7 @@ from inputs import (
     make_parser,
     resume_choice,
 )
-from trl_sync import ConfigError, PPOConfig, PPOTrainer
+from trl_sync import ConfigError, DesyncError, PPOConfig, PPOTrainer, SyncAuditCallback
 from trl_sync.ppo.progress import print_completions
 from trl_sync.ppo.summary import summarize
 from trl_sync.report import plot_learning_curve
@@ -46,7 +47,7 @@ EMBEDDED_SETTINGS = Path(__file__).parent / "ppo_embedded.yaml"
 def main() -> None:
     try:
         run(*parse_arguments())
-    except ConfigError as error:
+    except (ConfigError, DesyncError) as error:
         sys.exit(f"error: {error}")
 
 
@@ -77,6 +78,7 @@ def run(script: ScriptArguments, config: PPOConfig, model_args: ModelConfig) -> 
         train_dataset=train,
         eval_dataset=test,
     )
+    audit = add_audit(trainer) if script.audit else None
     before = trainer.completions()
     started_s = time.perf_counter()
     trainer.train(resume_from_checkpoint=resume_choice(config))
@@ -86,8 +88,28 @@ def run(script: ScriptArguments, config: PPOConfig, model_args: ModelConfig) -> 
     trainer.save_state()
     if trainer.is_world_process_zero():
         summary = summarize(trainer, wall_s) | compare(before, after, judged=embedded is not None)
+        summary |= audit_figures(audit)
         write_outcome(trainer, summary, Path(config.output_dir))
         show(before, after, summary)
+
+
+def add_audit(trainer: PPOTrainer) -> SyncAuditCallback:
+    """Checks all four models after every optimizer step; a reward function is no model."""
+    reward = trainer.reward_model
+    audit = SyncAuditCallback(modules={"reward": reward} if isinstance(reward, Module) else {})
+    trainer.add_callback(audit)
+    return audit
+
+
+def audit_figures(audit: SyncAuditCallback | None) -> dict[str, float]:
+    if audit is None:
+        return {}
+    done = audit.summary()
+    return {
+        "audits": done.audits,
+        "desyncs": done.desyncs,
+        "audit_share_of_step": done.share_of_step,
+    }
 
 
 def compare(before: dict[str, Any], after: dict[str, Any], *, judged: bool) -> dict[str, float]:

@@ -289,7 +289,7 @@ class SyncAuditor:
         self._delayed: Snapshot | None = None
         self._schema: tuple[int, int, int] = (-1, 0, 0)
         self._was_equal = True
-        self._warned: set[tuple[Cause, str | None]] = set()
+        self.warned: set[tuple[Cause, str | None]] = set()
 
     def _journal_path(self) -> Path | None:
         if self._comparison.rank != 0 or self.config.journal is None:
@@ -562,12 +562,12 @@ class SyncAuditor:
         return report
 
     def _warn_once(self, finding: Finding) -> None:
-        key = (finding.cause, finding.tensor)
-        if key not in self._warned and self.is_main_process:
+        key = (finding.cause, finding.tensor if finding.fatal else None)
+        if key not in self.warned and self.is_main_process:
             logger.warning("%s", finding.describe())
             if not finding.fatal:
                 self._journal.write("warning", **finding.as_dict())
-        self._warned.add(key)
+        self.warned.add(key)
 
     def _warn_of_edits(self, snapshot: Snapshot, history: History, report: SyncReport) -> None:
         """All ranks edited alike: no desync, but seldom meant."""

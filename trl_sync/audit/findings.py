@@ -131,13 +131,15 @@ class Finding:
 
     def describe(self) -> str:
         """The message: where, who holds what, since when, why, and what to try."""
-        lines = [f"step {self.step}, {self._where()}: {self._who()}{self._since()}."]
+        kind = "" if self.fatal else "warning: "
+        lines = [f"{kind}step {self.step}, {self._where()}: {self._who()}{self._since()}."]
         if self.num_tensors > 1:
             lines.append(f"{self.num_tensors - 1} more tensor(s) with the same cause.")
         if self.difference is not None:
             lines.append(f"{self.difference.describe()}.")
         cause = f"Cause: {self.cause}."
-        for part in (self.evidence, ADVICE[self.cause]):
+        # A warning's evidence says why it is none of the usual reasons.
+        for part in (self.evidence, ADVICE[self.cause] if self.fatal else ""):
             cause += f" {part}" if part else ""
         lines.append(f"{cause} See {DOCS}#{self.cause}")
         return "\n".join(lines)

@@ -20,7 +20,8 @@ _ENGINE_WRAPPERS = (nn.parallel.DistributedDataParallel, nn.DataParallel)
 class SyncRole(Protocol):
     """What a model's `sync_roles()` says of one role.
 
-    `parameters` belong to the role, `modules` are what runs for it.
+    `parameters` belong to the role. `modules` are all that run for it, each listed by itself: what
+    a module contains is not looked at, for it may belong to another role, as an adapter does.
     """
 
     trainable: bool
@@ -222,7 +223,7 @@ class Inventory:
                 name=name,
                 trainable=False,
                 parameters=tuple(module.parameters()),
-                modules=(module,),
+                modules=tuple(module.modules()),
             )
 
     def _roles_by_name(self) -> dict[str, str]:

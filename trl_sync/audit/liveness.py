@@ -49,11 +49,11 @@ class Liveness:
         }
 
     def observe(
-        self, unmoved: frozenset[str], expected: Mapping[str, Motion]
+        self, names: Sequence[str], unmoved: frozenset[str], expected: Mapping[str, Motion]
     ) -> tuple[list[str], list[str]]:
         """Who stood still for `UPDATES` updates in a row: wrongly, and by underflow.
 
-        `unmoved` are the parameters whose bytes the last update left as they were.
+        `unmoved` are those of `names` whose bytes the last update left as they were.
         """
         self._suspects = set(unmoved)
         for motion, counts in self._counts.items():
@@ -63,10 +63,11 @@ class Liveness:
                     kept[name] = kept.get(name, 0) + 1
             self._counts[motion] = kept
         stuck, underflowed = (
-            [name for name, count in self._counts[motion].items() if count >= UPDATES]
+            # In the order of the model, which is the same on every rank.
+            [name for name in names if self._counts[motion].get(name, 0) >= UPDATES]
             for motion in (Motion.MOVE, Motion.UNDERFLOW)
         )
-        return sorted(stuck), sorted(underflowed)
+        return stuck, underflowed
 
 
 def expected_motion(parameter: Tensor, learning_rate: float) -> Motion:

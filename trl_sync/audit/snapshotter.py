@@ -11,7 +11,7 @@ from torch import Tensor
 from trl_sync.audit.baseline import FrozenBaseline, Piece
 from trl_sync.audit.config import AuditConfig
 from trl_sync.audit.diagnose import BATCH_STATISTICS
-from trl_sync.audit.digest import Digester, PendingDigests
+from trl_sync.audit.digest import Digester
 from trl_sync.audit.findings import Cause, Scope
 from trl_sync.audit.inventory import Inventory, NamedTensors
 from trl_sync.audit.liveness import Liveness, Motion
@@ -57,6 +57,7 @@ class Snapshotter:
         self._last: tuple[Sequence[str], list[bytes]] | None = None
         self._known_version = -1
         self._optimizer_size = -1
+        self._underflowed: set[str] = set()
         self.declared_sync: str | None = None
 
     def close(self) -> None:
@@ -126,7 +127,7 @@ class Snapshotter:
         self._resolve_frozen(snapshot, checksums)
         history = self._history(snapshot, checksums)
         if snapshot.kind is Kind.UPDATE and snapshot.updates:
-            snapshot.local += self._dead_parameters(snapshot, history)
+            snapshot.local += self._dead_parameters(snapshot, checksums, history)
         newest = Slot.AFTER if Slot.AFTER in digests else Slot.BEFORE
         if newest in digests:
             self._last = (names[newest], digests[newest])
@@ -210,10 +211,19 @@ class Snapshotter:
             checksums.names[slot] = [label for label, _ in chosen]
             checksums.digests[slot] = [digest for _, digest in chosen]
         changed = self.baseline.compare(pieces, digests)
+        if changed and self.declared_sync is not None:
+            changed, pieces = self._accept_all(snapshot.step)
         if changed:
             snapshot.local += self._moved(changed, len(pieces), snapshot)
-            if self.declared_sync is not None:
-                self.baseline.accept(pieces, digests)
+
+    def _accept_all(self, step: int) -> tuple[list[Piece], tuple[Piece, ...]]:
+        """What of the whole frozen state moved, which is the new baseline; and all of its pieces."""
+        everything = self.baseline.start_all(step)
+        assert everything is not None
+        digests = everything.pending.result()
+        changed = self.baseline.compare(everything.pieces, digests)
+        self.baseline.accept(everything.pieces, digests)
+        return changed, everything.pieces
 
     def _moved(
         self, changed: Sequence[Piece], num_pieces: int, snapshot: Snapshot
@@ -272,8 +282,13 @@ class Snapshotter:
             unmoved = frozenset(name for name, then, now in still if then == now)
         return History(edited=edited, added=added, unmoved=unmoved)
 
-    def _dead_parameters(self, snapshot: Snapshot, history: History) -> list[LocalFinding]:
-        stuck, underflowed = self._liveness.observe(history.unmoved, snapshot.expected)
+    def _dead_parameters(
+        self, snapshot: Snapshot, checksums: Checksums, history: History
+    ) -> list[LocalFinding]:
+        names = checksums.names.get(Slot.BEFORE, ())
+        stuck, underflowed = self._liveness.observe(names, history.unmoved, snapshot.expected)
+        underflowed = [name for name in underflowed if name not in self._underflowed]
+        self._underflowed.update(underflowed)
         findings = []
         if stuck:
             findings.append(
@@ -305,5 +320,3 @@ def _without_batch_statistics(buffers: NamedTensors) -> NamedTensors:
             kept.add(name, buffer)
     return kept
 
-
-__all__ = ["History", "PendingDigests", "Snapshotter"]

@@ -27,6 +27,17 @@ class Role:
     trainable: bool
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RoleState:
+    """What belongs to a role in memory: its parameters, and each module that runs for it alone or
+    with others; what such a module contains may belong to another role.
+    """
+
+    trainable: bool
+    parameters: tuple[nn.Parameter, ...]
+    modules: tuple[nn.Module, ...]
+
+
 def freeze(module: nn.Module) -> nn.Module:
     """`module` in evaluation mode with every parameter's `requires_grad` off."""
     return module.eval().requires_grad_(False)

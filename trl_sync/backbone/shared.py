@@ -16,7 +16,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from trl_sync.backbone.logprob import CHUNK_BYTES, CausalHead, chunked_token_statistics
 from trl_sync.backbone.quantization import check_not_repacked, keep_packed_weights
-from trl_sync.backbone.roles import POLICY, REFERENCE, VALUE, Role
+from trl_sync.backbone.roles import POLICY, REFERENCE, VALUE, Role, RoleState
 from trl_sync.backbone.routing import (
     AdapterRouter,
     adapter_parameters,
@@ -225,6 +225,27 @@ class SharedBackbone(nn.Module):
         if role == VALUE:
             for name, parameter in self.value_head.named_parameters():
                 yield f"value_head.{name}", parameter
+
+    def sync_roles(self) -> dict[str, RoleState]:
+        """Each role with what it must keep, for an audit.
+
+        The base belongs to the reference: it is what must not move while adapters on it train.
+        """
+        adapters = [role.adapter for role in self.roles.values() if role.adapter is not None]
+        lora = {id(p) for name in adapters for _, p in adapter_parameters(self.peft_model, name)}
+        base = tuple(p for p in self.peft_model.parameters() if id(p) not in lora)
+        runs = tuple(
+            module for name, module in self.causal_model.named_modules() if ".lora_" not in name
+        )
+        states = {}
+        for name, role in self.roles.items():
+            own = tuple(parameter for _, parameter in self.role_parameters(name))
+            states[name] = RoleState(
+                trainable=role.trainable,
+                parameters=own if role.trainable else own + base,
+                modules=() if role.trainable else runs,
+            )
+        return states
 
     def check_roles(self) -> None:
         """Nothing, if exactly the policy, the value adapter and the value head are trainable.

@@ -1,0 +1,168 @@
+"""The content of `sync_manifest.json`, and its strict reading; the fields: `audit/manifest.py`."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any, TypeVar
+
+import xxhash
+
+from trl_sync.audit.checkpoint_files import FileRecord, is_inside
+
+MANIFEST_NAME = "sync_manifest.json"
+FORMAT = 1
+ALGORITHM = "xxh3-128"
+
+_T = TypeVar("_T")
+
+
+class FormatError(ValueError):
+    """A manifest that is not what this module writes; says where and what was expected."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TensorRecord:
+    """Checksum, dtype ("float32") and shape of a tensor as it was in memory."""
+
+    xxh3_128: str
+    dtype: str
+    shape: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Manifest:
+    """What `sync_manifest.json` says; each field is explained in `audit/manifest.py`."""
+
+    package_version: str
+    created: str
+    step: int
+    world_size: int
+    verified: bool
+    reason: str | None
+    tensors: Mapping[str, Mapping[str, TensorRecord]]
+    files: Mapping[str, FileRecord]
+    format: int = FORMAT
+    algorithm: str = ALGORITHM
+
+
+def to_text(manifest: Manifest) -> str:
+    """`manifest` as indented JSON with sorted keys and its own checksum."""
+    content = asdict(manifest)
+    for record in content["files"].values():
+        if record["tensors"] is None:
+            del record["header"], record["tensors"]
+    content["checksum"] = own_checksum(content)
+    return json.dumps(content, indent=1, sort_keys=True) + "\n"
+
+
+def own_checksum(content: Mapping[str, Any]) -> str:
+    """xxh3-128 of the compact, sorted JSON of all fields but `checksum`."""
+    rest = {key: value for key, value in content.items() if key != "checksum"}
+    text = json.dumps(rest, sort_keys=True, separators=(",", ":"))
+    return str(xxhash.xxh3_128_hexdigest(text.encode("ascii")))
+
+
+def from_content(content: Mapping[str, Any]) -> Manifest:
+    """The manifest in a JSON object.
+
+    Raises:
+        FormatError: another format, a missing field, a wrong type, a path that leaves the folder,
+            or content that is not what was written.
+    """
+    version = _field(content, "format", int, "the manifest")
+    if version != FORMAT:
+        raise FormatError(
+            f"format {version}, this version of trl_sync reads format {FORMAT}. Check it with the "
+            f"version that wrote it: {content.get('package_version')}"
+        )
+    _check_own_checksum(content)
+    manifest = Manifest(
+        package_version=_field(content, "package_version", str, "the manifest"),
+        created=_field(content, "created", str, "the manifest"),
+        step=_field(content, "step", int, "the manifest"),
+        world_size=_field(content, "world_size", int, "the manifest"),
+        verified=_field(content, "verified", bool, "the manifest"),
+        reason=_optional_text(content, "reason"),
+        tensors=_scopes(_field(content, "tensors", dict, "the manifest")),
+        files=_files(_field(content, "files", dict, "the manifest")),
+        algorithm=_field(content, "algorithm", str, "the manifest"),
+    )
+    if manifest.algorithm != ALGORITHM:
+        raise FormatError(f"algorithm {manifest.algorithm!r}, expected {ALGORITHM!r}")
+    return manifest
+
+
+def _check_own_checksum(content: Mapping[str, Any]) -> None:
+    written = _field(content, "checksum", str, "the manifest")
+    found = own_checksum(content)
+    if found != written:
+        raise FormatError(
+            f"it was changed after it was written: its content has checksum {found}, the field "
+            f"`checksum` says {written}"
+        )
+
+
+def _scopes(content: dict[str, Any]) -> dict[str, dict[str, TensorRecord]]:
+    return {
+        scope: {
+            name: _tensor(record, f"tensors.{scope}.{name}")
+            for name, record in _field(content, scope, dict, "tensors").items()
+        }
+        for scope in content
+    }
+
+
+def _tensor(record: Any, where: str) -> TensorRecord:
+    shape = _field(record, "shape", list, where)
+    if not all(type(size) is int and size >= 0 for size in shape):
+        raise FormatError(f"{where}.shape is {shape!r}, expected a list of sizes")
+    return TensorRecord(
+        xxh3_128=_checksum(record, "xxh3_128", where),
+        dtype=_field(record, "dtype", str, where),
+        shape=tuple(shape),
+    )
+
+
+def _files(content: dict[str, Any]) -> dict[str, FileRecord]:
+    files = {}
+    for path, record in content.items():
+        if not is_inside(path):
+            raise FormatError(f"files holds {path!r}, expected a path that stays in the folder")
+        where = f"files.{path}"
+        tensors = None
+        if isinstance(record, dict) and "tensors" in record:
+            inner = _field(record, "tensors", dict, where)
+            tensors = {name: _checksum(inner, name, f"{where}.tensors") for name in inner}
+        files[path] = FileRecord(
+            size_bytes=_field(record, "size_bytes", int, where),
+            xxh3_128=_checksum(record, "xxh3_128", where),
+            header=None if tensors is None else _checksum(record, "header", where),
+            tensors=tensors,
+        )
+    return files
+
+
+def _field(content: Any, key: str, expected: type[_T], where: str) -> _T:
+    if not isinstance(content, dict):
+        raise FormatError(f"{where} is a {type(content).__name__}, expected an object")
+    if key not in content:
+        raise FormatError(f"{where} has no field {key!r}")
+    value = content[key]
+    # bool is a subclass of int: isinstance would take true for a step.
+    if type(value) is not expected:
+        raise FormatError(f"{where}.{key} is {value!r:.80}, expected {expected.__name__}")
+    return value
+
+
+def _checksum(content: Any, key: str, where: str) -> str:
+    value = _field(content, key, str, where)
+    if not re.fullmatch("[0-9a-f]{32}", value):
+        raise FormatError(f"{where}.{key} is {value!r:.80}, expected 32 hexadecimal digits")
+    return value
+
+
+def _optional_text(content: Mapping[str, Any], key: str) -> str | None:
+    return None if content.get(key, "") is None else _field(content, key, str, "the manifest")
