@@ -21,7 +21,7 @@ from trl_sync.audit.engine import engine_name, not_distributed, unavailable_scop
 from trl_sync.audit.findings import Cause, Finding, Scope, SyncReport
 from trl_sync.audit.inventory import Inventory, torch_optimizer
 from trl_sync.audit.journal import JOURNAL_NAME, Journal
-from trl_sync.audit.missing import MissingRanks, Phase
+from trl_sync.audit.rank_state import MissingRanks, Phase
 from trl_sync.audit.repair import repair
 from trl_sync.audit.selftest import self_test
 from trl_sync.audit.snapshot import (
@@ -483,7 +483,7 @@ class SyncAuditor:
             edited=history.edited,
             added=history.added,
             unmoved=history.unmoved,
-            zero=self._snapshotter.zero_gradients() if Slot.GRADIENTS in slots else frozenset(),
+            gradient_norms=self._snapshotter.gradient_norms() if Slot.GRADIENTS in slots else {},
             learning_rates=snapshot.learning_rates,
             local=tuple(snapshot.local),
         )

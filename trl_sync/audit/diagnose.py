@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import statistics
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
@@ -19,7 +21,7 @@ class Evidence:
 
     `digests` are those of the slots that differ, by tensor. Of the trainable parameters, `edited`
     differ before the update from what they were after the last one, `added` were not there then,
-    and `unmoved` were left alone by the update. `zero` are gradients that are absent or all zero.
+    and `unmoved` were left alone by the update. `gradient_norms` are 0 for absent gradients.
     """
 
     rank: int
@@ -33,7 +35,7 @@ class Evidence:
     edited: frozenset[str] = frozenset()
     added: frozenset[str] = frozenset()
     unmoved: frozenset[str] = frozenset()
-    zero: frozenset[str] = frozenset()
+    gradient_norms: Mapping[str, float] = field(default_factory=dict)
     learning_rates: tuple[float, ...] = ()
     local: tuple[LocalFinding, ...] = ()
 
@@ -267,7 +269,12 @@ def _gradients(
     text: str = "Gradients already differed before the step.",
 ) -> Finding:
     names = _different(evidence, Slot.GRADIENTS)
-    zero = tuple(e.rank for e in evidence if names[0] in e.zero)
+    unlike = _not_scaled_alike(names, evidence)
+    if 0 < len(unlike) <= len(names) / 2:
+        # One gradient that was not reduced changes the norm that all are clipped by.
+        text += f" {len(names) - len(unlike)} others differ by one factor only, as from clipping."
+        names = unlike
+    zero = tuple(e.rank for e in evidence if not e.gradient_norms.get(names[0]))
     ranks = None
     if 0 < len(zero) < len(evidence):
         ranks = zero
@@ -281,6 +288,25 @@ def _gradients(
         ranks=ranks,
         text=text,
     )
+
+
+def _not_scaled_alike(names: Sequence[str], evidence: Sequence[Evidence]) -> list[str]:
+    """The gradients whose norms are not in the ratio that most others have between two ranks."""
+    unlike: dict[str, None] = {}
+    reference = evidence[0].gradient_norms
+    for item in evidence[1:]:
+        ratios = {
+            name: item.gradient_norms.get(name, 0.0) / reference[name]
+            if reference.get(name)
+            else math.inf
+            for name in names
+        }
+        usual = statistics.median_low(ratios.values())
+        for name, ratio in ratios.items():
+            # Norms of 16-bit gradients that were scaled agree to about three digits.
+            if not math.isclose(ratio, usual, rel_tol=2e-3):
+                unlike[name] = None
+    return [name for name in names if name in unlike]
 
 
 def _after(evidence: Sequence[Evidence], context: Context) -> Finding:

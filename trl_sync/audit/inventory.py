@@ -86,6 +86,7 @@ class Inventory:
         self.modules = {name: unwrapped(module) for name, module in (modules or {}).items()}
         self.version = 0
         self._stale = True
+        self._module_ids: set[int] = set()
         self._handles = [
             register(self._on_registration)
             for register in (
@@ -176,13 +177,19 @@ class Inventory:
             p.requires_grad for p in self.trainable.tensors
         )
 
-    def _on_registration(self, *args: Any) -> None:
-        self._stale = True
+    def _on_registration(self, module: nn.Module, name: str, value: Any) -> None:
+        if id(module) not in self._module_ids:
+            return
+        # The same object set again, as some layers do in every forward, changes nothing.
+        holders = (module._parameters, module._modules, module._buffers)
+        if not any(value is not None and holder.get(name) is value for holder in holders):
+            self._stale = True
 
     def _collect(self) -> None:
         self.trainable, self.frozen = NamedTensors(), NamedTensors()
         self.quantization, self.buffers = NamedTensors(), NamedTensors()
         self.unavailable = {}
+        self._module_ids = {id(m) for _, root in self._named_modules() for m in root.modules()}
         seen: set[int] = set()
         for prefix, module in self._named_modules():
             for name, parameter in module.named_parameters(prefix):

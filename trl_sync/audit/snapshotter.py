@@ -137,13 +137,12 @@ class Snapshotter:
         """The parameters were set from outside: the next comparison with the past is void."""
         self._last = None
 
-    def zero_gradients(self) -> frozenset[str]:
-        """The parameters whose gradient is absent or all zero; asked when something differs."""
-        return frozenset(
-            name
+    def gradient_norms(self) -> dict[str, float]:
+        """The norm of each gradient, 0.0 where there is none; asked when something differs."""
+        return {
+            name: 0.0 if p.grad is None else float(p.grad.detach().double().norm())
             for name, p in self.inventory.trainable.items()
-            if p.grad is None or not bool(p.grad.detach().any())
-        )
+        }
 
     def _follow_inventory(self, force: bool = False) -> None:
         self.inventory.refresh(force)
