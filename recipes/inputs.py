@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from datasets import Dataset, DatasetDict, load_dataset, load_from_disk
-from transformers import TrainingArguments
+from transformers import AutoModelForCausalLM, PreTrainedModel, TrainingArguments
 from trl import ModelConfig, TrlParser, get_peft_config, get_quantization_config
+from trl import ScriptArguments as TrlScriptArguments
 
 from trl_sync import (
     ConfigError,
@@ -90,6 +91,50 @@ def make_parser(description: str) -> TrlParser:
             action.help = SUPPRESS
     options[:] = [action for action in options if action.dest == "help"]
     return parser
+
+
+def trainer_parser(
+    classes: tuple[type, ...], description: str, embedded_settings: dict[str, Any]
+) -> TrlParser:
+    """The flags of a recipe for one of TRL's trainers; without a model, the embedded settings."""
+    parser = TrlParser(
+        classes,
+        description=description,
+        usage="accelerate launch recipes/%(prog)s [--config FILE.yaml] [--flag value ...]",
+        formatter_class=_HelpFormatter,
+    )
+    model_args, *_ = TrlParser(ModelConfig, add_help=False).parse_args_and_config(
+        return_remaining_strings=True
+    )
+    if model_args.model_name_or_path is None:
+        parser.set_defaults_with_config(**embedded_settings)
+    return parser
+
+
+def load_causal_model(path: str, model_args: ModelConfig) -> PreTrainedModel:
+    """The language model at `path`, in --dtype and the quantization that the flags name."""
+    return AutoModelForCausalLM.from_pretrained(
+        path,
+        revision=model_args.model_revision,
+        dtype=model_args.dtype,
+        attn_implementation=model_args.attn_implementation,
+        quantization_config=get_quantization_config(model_args),
+    )
+
+
+def load_train_split(script: TrlScriptArguments) -> Dataset:
+    """The split to train on: of a dataset on the hub, or of a local file or folder."""
+    if script.dataset_name is None:
+        raise ConfigError("No data: give --dataset_name, a dataset on the hub or a local path.")
+    is_local = Path(script.dataset_name).exists()
+    name = script.dataset_name
+    data = load_local(Path(name)) if is_local else load_dataset(name, script.dataset_config)
+    splits = data if isinstance(data, DatasetDict) else DatasetDict(train=data)
+    if script.dataset_train_split not in splits:
+        raise ConfigError(
+            f"The dataset has no split {script.dataset_train_split!r}, only {list(splits)}."
+        )
+    return splits[script.dataset_train_split]
 
 
 def load_policy(path: str, script: ScriptArguments, model_args: ModelConfig) -> SharedBackbone:

@@ -12,9 +12,10 @@ from typing import TYPE_CHECKING, Any
 from trl_sync._version import __version__
 
 if TYPE_CHECKING:
-    from trl_sync.audit.auditor import AuditSummary, SyncAuditor
+    from trl_sync.audit.auditor import SyncAuditor
     from trl_sync.audit.callback import SyncAuditCallback
     from trl_sync.audit.config import AuditConfig
+    from trl_sync.audit.findings import AuditSummary
     from trl_sync.backbone.loading import load_reward_model, load_shared_backbone
     from trl_sync.backbone.shared import SharedBackbone
     from trl_sync.errors import (
@@ -30,7 +31,7 @@ if TYPE_CHECKING:
 _MODULES = {
     "AuditConfig": "trl_sync.audit.config",
     "AuditError": "trl_sync.errors",
-    "AuditSummary": "trl_sync.audit.auditor",
+    "AuditSummary": "trl_sync.audit.findings",
     "CheckpointError": "trl_sync.errors",
     "ConfigError": "trl_sync.errors",
     "DesyncError": "trl_sync.errors",

@@ -85,7 +85,7 @@ def train(
         "steps": len(real_steps),
         "audits": summary.audits,
         "desyncs": summary.desyncs,
-        "warnings": sorted(f"{cause}" for cause, _ in auditor.warned),
+        "warnings": sorted(f"{cause}" for cause, _ in auditor.reaction.warned),
     }
 
 
@@ -254,7 +254,7 @@ def skipped_fp16_step(steps: int) -> dict[str, Any]:
         "steps": len(real_steps),
         "audits": summary.audits,
         "desyncs": summary.desyncs,
-        "warnings": sorted(f"{cause}" for cause, _ in auditor.warned),
+        "warnings": sorted(f"{cause}" for cause, _ in auditor.reaction.warned),
     }
 
 

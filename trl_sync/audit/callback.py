@@ -10,9 +10,10 @@ from accelerate.state import AcceleratorState, PartialState
 from transformers import TrainerCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from trl_sync.audit.auditor import AuditSummary, SyncAuditor
+from trl_sync.audit.auditor import SyncAuditor
 from trl_sync.audit.checkpoints import verify_resumed, write_checkpoint_manifest
 from trl_sync.audit.config import AuditConfig
+from trl_sync.audit.findings import AuditSummary
 
 logger = logging.getLogger("trl_sync.audit")
 

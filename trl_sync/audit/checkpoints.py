@@ -47,7 +47,7 @@ def write_checkpoint_manifest(auditor: SyncAuditor, folder: Path, step: int) -> 
     if not folder.is_dir():
         logger.warning("sync audit: no folder %s; the checkpoint has no manifest", folder)
         return
-    reason = auditor.unverified_reason
+    reason = auditor.reaction.unverified_reason
     write_manifest(
         folder,
         state_by_scope(auditor),
@@ -81,7 +81,7 @@ def verify_resumed(auditor: SyncAuditor, args: Any, step: int) -> None:
     everyone = auditor.comparison.gather(problems)
     ranks = tuple(rank for rank, found in enumerate(everyone) if found)
     if ranks:
-        auditor.report_finding(
+        raise auditor.refuse(
             Finding(
                 cause=Cause.MANIFEST_MISMATCH,
                 step=step,
@@ -90,7 +90,7 @@ def verify_resumed(auditor: SyncAuditor, args: Any, step: int) -> None:
                 evidence=everyone[ranks[0]][1],
             )
         )
-    elif folder is not None:
+    if folder is not None:
         auditor.note("resume", step=step, folder=str(folder), verified=True)
 
 

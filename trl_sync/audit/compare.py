@@ -13,9 +13,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from trl_sync.audit.tensor_bytes import host_bytes
 from trl_sync.audit.findings import Difference
 from trl_sync.audit.localize import compare_with_reference
+from trl_sync.audit.tensor_bytes import host_bytes
 
 
 class Comparison:

@@ -21,13 +21,13 @@ class AuditConfig:
     | option | meaning |
     |---|---|
     | `every_steps` | audit the trainable state at every Nth optimizer step |
-    | `frozen_cover_steps` | every byte of the frozen state is checked once within this many audits |
+    | `frozen_cover_steps` | every frozen byte is checked once within this many audits |
     | `scopes` | names out of `Scope`; `None`: all |
     | `modules` | further models by role name, e.g. `{"reference": ref_model}` |
     | `on_desync` | `raise`, `warn`, `stop` (unverified checkpoint, then end) or `repair` |
-    | `journal` | file of JSON lines; `"auto"`: `sync_audit.jsonl` in the output folder, if there is one; `None`: none |
+    | `journal` | a file; `"auto"`: `sync_audit.jsonl` in the output folder; `None`: none |
     | `timeout_s` | how long a rank may lag behind the others before it is named |
-    | `blocking` | verdict at the same step (`True`) or one later (`False`); `None`: same step on CPU, one later on GPU |
+    | `blocking` | verdict at the same step; `None`: on CPU, while on GPU it is one step late |
     | `self_test` | prove at the start, with one flipped bit on one rank, that the audit sees it |
     | `manifest` | write `sync_manifest.json` beside every checkpoint and verify it on resume |
     | `resume_from` | the checkpoint this run continues, if it is not in the output folder |

@@ -96,7 +96,7 @@ def _different_algorithms(evidence: Sequence[Evidence], context: Context) -> Fin
 
 
 def _structure(evidence: Sequence[Evidence], context: Context) -> Finding:
-    schemas = [dict(((scope, name), form) for scope, name, *form in e.schema) for e in evidence]
+    schemas = [{(scope, name): form for scope, name, *form in e.schema} for e in evidence]
     keys = list(dict.fromkeys(key for schema in schemas for key in schema))
     different = [key for key in keys if len({str(schema.get(key)) for schema in schemas}) > 1]
     if not different:

@@ -51,7 +51,8 @@ ADVICE = {
     "or with a seed per rank?",
     Cause.GRADIENT_NOT_REDUCED: "Was the forward run on the unwrapped model, the last micro-batch "
     "under no_sync, or the parameter unfrozen, replaced or added after wrapping?",
-    Cause.GRADIENT_SCALED_DIFFERENTLY: "Is clipping or loss scaling decided on each rank by itself?",
+    Cause.GRADIENT_SCALED_DIFFERENTLY: "Does each rank decide by itself on clipping or "
+    "loss scaling?",
     Cause.OPTIMIZER_DIVERGED: "Compare learning rate, optimizer state and options across ranks.",
     Cause.STALE_REPLICA: "Was the optimizer step skipped there, by a condition that only this rank "
     "met?",
@@ -62,16 +63,16 @@ ADVICE = {
     Cause.QUANTIZATION_CHANGED: "Was the weight quantized again, or an adapter merged into it?",
     Cause.NEVER_UPDATED: "It has gradients and a learning rate but stays where it is: does the "
     "optimizer hold another copy of it?",
-    Cause.NOT_IN_OPTIMIZER: "It requires gradients but nothing updates it: was it added or unfrozen "
-    "after the optimizer was made?",
-    Cause.ROLE_VIOLATION: "Call .eval() and .requires_grad_(False) on the frozen model and keep it "
-    "out of the optimizer.",
-    Cause.STRUCTURE_MISMATCH: "Ranks must build the same model: is an adapter or a layer added under "
-    "a condition?",
+    Cause.NOT_IN_OPTIMIZER: "It requires gradients but nothing updates it: was it added or "
+    "unfrozen after the optimizer was made?",
+    Cause.ROLE_VIOLATION: "Call .eval() and .requires_grad_(False) on the frozen model and keep "
+    "it out of the optimizer.",
+    Cause.STRUCTURE_MISMATCH: "Ranks must build the same model: is an adapter or a layer added "
+    "under a condition?",
     Cause.STEP_SKEW: "Ranks must take the same optimizer steps: is one taken under a condition, or "
     "do ranks have different numbers of batches?",
-    Cause.RANK_MISSING: "Look at that rank's own log: was it killed for memory, or does it wait for "
-    "something?",
+    Cause.RANK_MISSING: "Look at that rank's own log: was it killed for memory, or does it wait "
+    "for something?",
     Cause.MANIFEST_MISMATCH: "The state is not the one that was saved.",
     Cause.NOT_DISTRIBUTED: "Every rank trains alone and nothing is averaged.",
     Cause.BUFFERS_DIFFER: "Harmless for statistics that each rank gathers for itself.",
@@ -195,3 +196,25 @@ class SyncReport:
         """Every finding; the first fatal one first."""
         ordered = sorted(self.findings, key=lambda finding: not finding.fatal)
         return "\n\n".join(finding.describe() for finding in ordered)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AuditSummary:
+    """What the audit did in a run.
+
+    `desyncs` counts audits that found something fatal. `seconds` were spent inside the audit, and
+    are `share_of_step` of the training time.
+    """
+
+    audits: int
+    desyncs: int
+    size_bytes: int
+    seconds: float
+    share_of_step: float
+
+    def describe(self) -> str:
+        found = "no desync" if not self.desyncs else f"{self.desyncs} DESYNCS"
+        return (
+            f"sync audit: {self.audits} audits, {found}, {self.size_bytes / 1e6:,.1f} MB hashed, "
+            f"{self.seconds:.2f} s ({self.share_of_step:.2%} of training time)"
+        )

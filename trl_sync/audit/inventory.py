@@ -10,6 +10,7 @@ from typing import Any, Protocol, runtime_checkable
 from torch import Tensor, nn
 from torch.nn.modules import module as module_hooks
 
+from trl_sync.audit.findings import Scope
 from trl_sync.quantization_state import quantization_tensors
 
 MODEL = "model"
@@ -143,6 +144,18 @@ class Inventory:
                     found.add(f"{name}.{key}", value)
         return found
 
+    def tensors_of(self, scope: Scope) -> NamedTensors | None:
+        """The tensors of `scope`, of gradients their parameters; None if it has none of its own."""
+        if scope is Scope.OPTIMIZER:
+            return self.optimizer_state()
+        return {
+            Scope.TRAINABLE: self.trainable,
+            Scope.GRADIENTS: self.trainable,
+            Scope.FROZEN: self.frozen,
+            Scope.QUANTIZATION: self.quantization,
+            Scope.BUFFERS: self.buffers,
+        }.get(scope)
+
     def learning_rates(self) -> dict[int, float]:
         """The learning rate of each parameter of the optimizer, by its id."""
         if self.optimizer is None:
@@ -246,13 +259,12 @@ class Inventory:
 
 def unwrapped(module: nn.Module) -> nn.Module:
     """`module` without DDP and torch.compile around it."""
-    while True:
-        if isinstance(module, _ENGINE_WRAPPERS):
-            module = module.module
-        elif isinstance(getattr(module, "_orig_mod", None), nn.Module):
-            module = module._orig_mod
-        else:
-            return module
+    inner: Any = module
+    while inner is not None:
+        module = inner
+        wrapped = isinstance(module, _ENGINE_WRAPPERS)
+        inner = module.module if wrapped else module._modules.get("_orig_mod")
+    return module
 
 
 def torch_optimizer(optimizer: Any) -> Any:

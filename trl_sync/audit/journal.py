@@ -1,4 +1,4 @@
-"""`sync_audit.jsonl`: one JSON line per audit, written by rank 0; docs/audit.md lists the fields."""
+"""`sync_audit.jsonl`: one JSON line per audit, by rank 0; docs/audit.md lists the fields."""
 
 from __future__ import annotations
 

@@ -54,9 +54,7 @@ def repair(
             report.fatal,
         )
     if comparison.rank == 0:
-        logger.warning(
-            "%s\nRepaired: state copied from rank %d to all.", report.describe(), source
-        )
+        logger.warning("%s\nRepaired: state copied from rank %d to all.", report.describe(), source)
     for tensors in (inventory.trainable, inventory.frozen, inventory.quantization):
         for _, tensor in tensors.items():
             comparison.broadcast(tensor, source)

@@ -216,7 +216,7 @@ class Snapshotter:
             snapshot.local += self._moved(changed, len(pieces), snapshot)
 
     def _accept_all(self, step: int) -> tuple[list[Piece], tuple[Piece, ...]]:
-        """What of the whole frozen state moved, which is the new baseline; and all of its pieces."""
+        """What moved of the whole frozen state, and all its pieces; they are the new baseline."""
         everything = self.baseline.start_all(step)
         assert everything is not None
         digests = everything.pending.result()
@@ -318,4 +318,3 @@ def _without_batch_statistics(buffers: NamedTensors) -> NamedTensors:
         if name.rpartition(".")[2] not in BATCH_STATISTICS:
             kept.add(name, buffer)
     return kept
-
