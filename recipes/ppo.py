@@ -9,7 +9,7 @@ With your own model, reward and prompts:
     accelerate launch recipes/ppo.py --model_name_or_path my/sft-model \\
         --reward_model_path my/reward-model --dataset_name my/prompts --output_dir runs/mine
 
-Settings may also come from a YAML file, --config FILE; flags win. Two processes on one CPU:
+Settings may also come from a YAML file (--config FILE; flags win). Two processes on one CPU:
 
     accelerate launch --config_file recipes/accelerate_configs/cpu_2.yaml recipes/ppo.py
 """
@@ -64,6 +64,29 @@ def parse_arguments() -> tuple[ScriptArguments, PPOConfig, ModelConfig]:
 
 
 def run(script: ScriptArguments, config: PPOConfig, model_args: ModelConfig) -> None:
+    embedded = model_args.model_name_or_path is None
+    trainer, audit = make_trainer(script, config, model_args)
+    before = trainer.completions()
+    started_s = time.perf_counter()
+    trainer.train(resume_from_checkpoint=resume_choice(config))
+    wall_s = time.perf_counter() - started_s
+    after = trainer.completions()
+    trainer.save_model()
+    trainer.save_state()
+    if trainer.is_world_process_zero():
+        summary = summarize(trainer, wall_s) | compare(before, after, judged=embedded)
+        if audit is not None:
+            done = audit.summary()
+            summary |= {"audits": done.audits, "desyncs": done.desyncs}
+            summary |= {"audit_share_of_step": done.share_of_step}
+        write_outcome(trainer, summary, Path(config.output_dir))
+        show(before, after, summary)
+
+
+def make_trainer(
+    script: ScriptArguments, config: PPOConfig, model_args: ModelConfig
+) -> tuple[PPOTrainer, SyncAuditCallback | None]:
+    """The trainer, and the audit of its four models after every optimizer step."""
     embedded = embedded_default() if model_args.model_name_or_path is None else None
     model_path = model_args.model_name_or_path or str(embedded.model_path)
     train, test = load_prompts(script, config, embedded)
@@ -78,38 +101,12 @@ def run(script: ScriptArguments, config: PPOConfig, model_args: ModelConfig) -> 
         train_dataset=train,
         eval_dataset=test,
     )
-    audit = add_audit(trainer) if script.audit else None
-    before = trainer.completions()
-    started_s = time.perf_counter()
-    trainer.train(resume_from_checkpoint=resume_choice(config))
-    wall_s = time.perf_counter() - started_s
-    after = trainer.completions()
-    trainer.save_model()
-    trainer.save_state()
-    if trainer.is_world_process_zero():
-        summary = summarize(trainer, wall_s) | compare(before, after, judged=embedded is not None)
-        summary |= audit_figures(audit)
-        write_outcome(trainer, summary, Path(config.output_dir))
-        show(before, after, summary)
-
-
-def add_audit(trainer: PPOTrainer) -> SyncAuditCallback:
-    """Checks all four models after every optimizer step; a reward function is no model."""
-    reward = trainer.reward_model
+    if not script.audit:
+        return trainer, None
+    reward = trainer.reward_model  # the other three are in the trainer's model
     audit = SyncAuditCallback(modules={"reward": reward} if isinstance(reward, Module) else {})
     trainer.add_callback(audit)
-    return audit
-
-
-def audit_figures(audit: SyncAuditCallback | None) -> dict[str, float]:
-    if audit is None:
-        return {}
-    done = audit.summary()
-    return {
-        "audits": done.audits,
-        "desyncs": done.desyncs,
-        "audit_share_of_step": done.share_of_step,
-    }
+    return trainer, audit
 
 
 def compare(before: dict[str, Any], after: dict[str, Any], *, judged: bool) -> dict[str, float]:
@@ -117,8 +114,8 @@ def compare(before: dict[str, Any], after: dict[str, Any], *, judged: bool) -> d
     answers = after["model response"]
     outcome = {"distinct_completions": len(set(answers)) / len(answers)}
     if judged:
-        outcome["positive_share_before"] = positive_share(before)
-        outcome["positive_share_after"] = positive_share(after)
+        for name, columns in (("before", before), ("after", after)):
+            outcome[f"positive_share_{name}"] = positive_share(columns)
     return outcome
 
 

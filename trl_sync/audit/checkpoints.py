@@ -39,23 +39,29 @@ def state_by_scope(auditor: SyncAuditor) -> dict[str, list[tuple[str, Tensor]]]:
 
 def write_checkpoint_manifest(auditor: SyncAuditor, folder: Path, step: int) -> None:
     """`sync_manifest.json` in `folder`, once every rank has written its files. Collective."""
-    if not auditor.should_stop and auditor.last_equal_step != step:
-        auditor.check(step)
+    reason = auditor.reaction.unverified_reason
+    if reason is None and auditor.last_equal_step != step and not auditor.check(step).equal:
+        reason = f"ranks differ at step {step}: {auditor.last_equal_step} was the last equal one"
     auditor.comparison.barrier()
     if not auditor.is_main_process:
         return
     if not folder.is_dir():
         logger.warning("sync audit: no folder %s; the checkpoint has no manifest", folder)
         return
-    reason = auditor.reaction.unverified_reason
-    write_manifest(
-        folder,
-        state_by_scope(auditor),
-        step=step,
-        world_size=auditor.comparison.world_size,
-        verified=reason is None,
-        reason=reason,
-    )
+    try:
+        write_manifest(
+            folder,
+            state_by_scope(auditor),
+            step=step,
+            world_size=auditor.comparison.world_size,
+            verified=reason is None,
+            reason=reason,
+        )
+    except (CheckpointError, OSError) as error:
+        # The checkpoint is the trainer's; that it cannot be verified later is no reason to lose it.
+        logger.warning("sync audit: %s has no manifest: %s", folder, error)
+        auditor.note("save_without_manifest", step=step, folder=str(folder), reason=str(error))
+        return
     auditor.note("save", step=step, folder=str(folder), verified=reason is None)
 
 
@@ -66,7 +72,6 @@ def verify_resumed(auditor: SyncAuditor, args: Any, step: int) -> None:
         DesyncError: `manifest_mismatch`, on every rank, before the first step.
     """
     problems: list[str] = []
-    ranks: tuple[int, ...] = (auditor.comparison.rank,)
     folder = resumed_folder(auditor, args, step)
     if folder is None:
         if auditor.is_main_process:

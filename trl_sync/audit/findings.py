@@ -174,7 +174,10 @@ def _ranks(ranks: Sequence[int]) -> str:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SyncReport:
-    """The outcome of one audit, the same on every rank but for `seconds`."""
+    """The outcome of one audit, the same on every rank but for `seconds`.
+
+    `still_parted`: the ranks differ as they did in an earlier audit, which reported it.
+    """
 
     step: int
     audit: int
@@ -182,6 +185,7 @@ class SyncReport:
     roots: dict[str, str]
     size_bytes: int
     seconds: float
+    still_parted: bool = False
 
     @property
     def fatal(self) -> tuple[Finding, ...]:
@@ -189,8 +193,8 @@ class SyncReport:
 
     @property
     def equal(self) -> bool:
-        """True if nothing fatal was found."""
-        return not self.fatal
+        """True if all ranks hold the same state and nothing fatal was found."""
+        return not self.fatal and not self.still_parted
 
     def describe(self) -> str:
         """Every finding; the first fatal one first."""

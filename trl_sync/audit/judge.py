@@ -63,6 +63,7 @@ class Judge:
             roots={slot.value: root.hex() for slot, root in roots.items()},
             size_bytes=snapshot.size_bytes,
             seconds=time.perf_counter() - started_s,
+            still_parted=bool(counters or slots - {Slot.BUFFERS}),
         )
         self.note_outcome(report.step, equal=report.equal)
         return report, history

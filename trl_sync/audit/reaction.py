@@ -43,7 +43,8 @@ class Reaction:
         for finding in report.findings:
             if not finding.fatal:
                 self.warn_once(finding)
-        if report.equal:
+        if not report.fatal:
+            self.num_desyncs += not report.equal
             self._write_audit(report)
             return False
         self.num_desyncs += 1
@@ -90,6 +91,7 @@ class Reaction:
                 "audit",
                 step=report.step,
                 audit=report.audit,
+                equal=report.equal,
                 roots=report.roots,
                 size_bytes=report.size_bytes,
                 seconds=round(report.seconds, 6),

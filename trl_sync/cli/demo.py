@@ -1,0 +1,321 @@
+"""`trl-sync demo`: two CPU ranks, one planted fault, the message, and whether it is right.
+
+What runs on each rank is in `demo_rank`.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from trl_sync.audit.findings import Cause
+from trl_sync.audit.journal import JOURNAL_NAME, read_journal
+from trl_sync.errors import ConfigError
+
+if TYPE_CHECKING:
+    from trl_sync.audit.faults import Fault
+
+NUM_RANKS = 2
+HEALTHY = "none"
+DEADLINE_S = 120.0
+GRACE_S = 30.0
+POLL_S = 0.05
+# Updates after the one that a fault strikes in which it may be named: frozen state is checked in
+# slices, a parameter must stand still for some updates, a step too many shows in the next one.
+LATEST_AFTER = {
+    Cause.FROZEN_CHANGED: 4,
+    Cause.QUANTIZATION_CHANGED: 4,
+    Cause.NEVER_UPDATED: 8,
+    Cause.STEP_SKEW: 1,
+}
+# Half of the LoRA factors have gradients of zero, equal on all ranks, in the first update.
+LATEST_AT_ONCE = 2
+# These concern every tensor, of which the audit may name any.
+ON_EVERY_TENSOR = frozenset({"optimizer_holds_copies", "gradients_clipped"})
+SHOWN_LOG_LINES = 15
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RankOutcome:
+    """What one rank left behind: exit code, output, what was planted there, what was named."""
+
+    rank: int
+    exit_code: int
+    log: str
+    planted: Mapping[str, Any] | None
+    message: str | None
+    findings: tuple[Mapping[str, Any], ...]
+    after_ms: float
+    since: str
+    summary: str | None
+
+
+def run_demo(fault: Fault | None, seed: int) -> bool:
+    """Runs the drill and prints it; True if the audit named the fault, or was silent on none."""
+    text = "nothing: a healthy run" if fault is None else f"{fault.name}: {fault.description}"
+    print(f"Planted  {text}.", flush=True)
+    with tempfile.TemporaryDirectory(prefix="trl_sync_demo_") as folder:
+        ranks = run_ranks(HEALTHY if fault is None else fault.name, seed, Path(folder))
+    print(f"Where    {where(ranks, fault)}.\n")
+    if fault is None:
+        return judge_healthy(ranks)
+    reporter = next((outcome for outcome in ranks if outcome.message), None)
+    if reporter is not None:
+        print(f"The message of rank {reporter.rank}:\n\n{reporter.message}\n")
+    wrong = mistakes(fault, ranks, reporter)
+    if reporter is None or wrong:
+        print(f"NOT named right: {'; '.join(wrong)}.")
+        show_logs(ranks)
+        return False
+    print(f"named right: {named(reporter, ranks)}")
+    return True
+
+
+def run_ranks(fault: str, seed: int, folder: Path) -> list[RankOutcome]:
+    """Every rank's outcome; ranks that still run after the deadline are killed."""
+    until_s = time.monotonic() + DEADLINE_S
+    with started(fault, seed, folder) as processes:
+        while any(process.poll() is None for process in processes) and time.monotonic() < until_s:
+            if any(process.poll() for process in processes):
+                # The others wait for it: whatever they have to say of that, they say soon.
+                until_s = min(until_s, time.monotonic() + GRACE_S)
+                break
+            time.sleep(POLL_S)
+        for process in processes:
+            with suppress(subprocess.TimeoutExpired):
+                process.wait(timeout=max(until_s - time.monotonic(), POLL_S))
+    return [
+        read_outcome(rank, process.returncode, folder / f"rank{rank}")
+        for rank, process in enumerate(processes)
+    ]
+
+
+@contextmanager
+def started(fault: str, seed: int, folder: Path) -> Iterator[list[subprocess.Popen[bytes]]]:
+    """The ranks' processes, whose end is certain when the block ends."""
+    port, processes = free_port(), []
+    try:
+        for rank in range(NUM_RANKS):
+            own = folder / f"rank{rank}"
+            own.mkdir()
+            command = [sys.executable, "-P", "-m", "trl_sync.cli.demo_rank"]
+            with (own / "log.txt").open("wb") as log:
+                process = subprocess.Popen(
+                    [*command, fault, str(own), str(seed)],
+                    env=rank_environment(rank, port),
+                    stdin=subprocess.DEVNULL,
+                    stdout=log,
+                    stderr=subprocess.STDOUT,
+                )
+            processes.append(process)
+        yield processes
+    finally:
+        for process in processes:
+            process.kill()
+            process.wait()
+
+
+def rank_environment(rank: int, port: int) -> dict[str, str]:
+    """The variables that torchrun sets, on a machine that seems to have no GPU."""
+    inherited = {k: v for k, v in os.environ.items() if not k.startswith(("ACCELERATE_", "FSDP_"))}
+    return inherited | {
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
+        "WORLD_SIZE": str(NUM_RANKS),
+        "LOCAL_WORLD_SIZE": str(NUM_RANKS),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+        "ACCELERATE_USE_CPU": "true",
+        "CUDA_VISIBLE_DEVICES": "",
+        "OMP_NUM_THREADS": "1",
+        "PYTHONUNBUFFERED": "1",
+    }
+
+
+def free_port() -> int:
+    """A TCP port that nothing listens on now."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
+
+
+def read_outcome(rank: int, exit_code: int, folder: Path) -> RankOutcome:
+    """From `outcome.json`; from the journal where the audit ended the process itself."""
+    file = folder / "outcome.json"
+    content = json.loads(file.read_text()) if file.exists() else {}
+    message, findings = content.get("message"), content.get("findings", [])
+    named_s, journal = content.get("named_s"), folder / JOURNAL_NAME
+    if message is None and journal.exists():
+        for event in read_journal(journal):
+            if event["event"] == "desync":
+                message, findings = event["message"], event["findings"]
+                named_s = journal.stat().st_mtime
+    since, since_s = planted_time(content)
+    return RankOutcome(
+        rank=rank,
+        exit_code=exit_code,
+        log=(folder / "log.txt").read_text(errors="replace"),
+        planted=content.get("planted"),
+        message=message,
+        findings=tuple(findings),
+        after_ms=((named_s or since_s) - since_s) * 1e3,
+        since=since,
+        summary=content.get("summary"),
+    )
+
+
+def planted_time(content: Mapping[str, Any]) -> tuple[str, float]:
+    """The beginning of the update in which the fault strikes, else of the audit."""
+    step = (content.get("planted") or {}).get("step")
+    begun_s = content.get("updates_begun_s", [])
+    if step is None or len(begun_s) < step:
+        return "the audit began", content.get("begun_s", 0.0)
+    return f"update {step} began", begun_s[step - 1]
+
+
+def planted_on(ranks: list[RankOutcome]) -> tuple[set[int], int | None, str | None]:
+    """Ranks, update (None: before the first) and tensor of the fault."""
+    known = [outcome.planted for outcome in ranks if outcome.planted]
+    tensor = next((planted["tensor"] for planted in known if planted["tensor"]), None)
+    if not known:
+        return set(), None, tensor
+    rank = known[0]["rank"]
+    everyone = {outcome.rank for outcome in ranks}
+    return everyone if rank is None else {rank}, known[0]["step"], tensor
+
+
+def where(ranks: list[RankOutcome], fault: Fault | None) -> str:
+    on, step, tensor = planted_on(ranks)
+    if fault is None:
+        return f"{len(ranks)} CPU ranks"
+    if not on:
+        return "nowhere: no rank came that far"
+    if fault.on == "checkpoint":
+        place = f"in the checkpoint that {len(ranks)} CPU ranks resume from"
+    else:
+        number = "all" if len(on) == len(ranks) else f"rank {', '.join(map(str, on))} of"
+        time_ = "before the first update" if step is None else f"in update {step}"
+        place = f"on {number} {len(ranks)} CPU ranks, {time_}"
+    return place if tensor is None else f"{place}, {tensor}"
+
+
+def mistakes(fault: Fault, ranks: list[RankOutcome], reporter: RankOutcome | None) -> list[str]:
+    """What the audit should have said and did not."""
+    if reporter is None:
+        codes = ", ".join(f"rank {outcome.rank}: {outcome.exit_code}" for outcome in ranks)
+        return [f"expected cause {fault.cause}, but no rank named anything (exit codes {codes})"]
+    if not reporter.findings:
+        return [f"expected cause {fault.cause}, but the message names none"]
+    finding = reporter.findings[0]
+    on, step, tensor = planted_on(ranks)
+    wrong = []
+    if finding["cause"] != fault.cause:
+        wrong.append(f"expected cause {fault.cause}, found {finding['cause']}")
+    if not on <= named_ranks(ranks):
+        wrong.append(f"expected ranks {sorted(on)}, found {sorted(named_ranks(ranks))}")
+    is_named = fault.name in ON_EVERY_TENSOR or names_tensor(tensor, finding["tensor"])
+    if not is_named and f"{tensor}" not in f"{reporter.message}":
+        wrong.append(f"expected tensor {tensor}, found {finding['tensor']}")
+    if fault.on != "checkpoint":
+        first, last = named_between(Cause(fault.cause), step)
+        if not first <= finding["step"] <= last:
+            wrong.append(f"expected step {first} to {last}, found {finding['step']}")
+    silent = [o for o in ranks if o.message is None and o.exit_code == 0]
+    wrong += [f"rank {o.rank} ended as if nothing had been found" for o in silent]
+    return wrong
+
+
+def named_between(cause: Cause, step: int | None) -> tuple[int, int]:
+    """The first and the last update in which a fault of update `step` (None: at once) is named."""
+    if step is None:
+        return 0, LATEST_AT_ONCE + LATEST_AFTER.get(cause, 0)
+    return step, step + LATEST_AFTER.get(cause, 0)
+
+
+def names_tensor(planted: str | None, found: str | None) -> bool:
+    """True if both mean one tensor: the audit puts roles before a name, and moments behind it."""
+    return planted is None or (found is not None and f".{planted}." in f".{found}.")
+
+
+def named_ranks(ranks: list[RankOutcome]) -> set[int]:
+    """Ranks that the first finding names on any rank: one that is alone names only itself."""
+    return {rank for outcome in ranks if outcome.findings for rank in outcome.findings[0]["ranks"]}
+
+
+def named(reporter: RankOutcome, ranks: list[RankOutcome]) -> str:
+    finding = reporter.findings[0]
+    parts = [f"cause {finding['cause']}"]
+    if finding["tensor"] is not None:
+        parts.append(f"tensor {finding['tensor']}")
+    parts.append(f"ranks {','.join(map(str, sorted(named_ranks(ranks))))}")
+    parts.append(f"step {finding['step']}")
+    parts.append(f"{reporter.after_ms:,.0f} ms after {reporter.since}")
+    return ", ".join(parts)
+
+
+def judge_healthy(ranks: list[RankOutcome]) -> bool:
+    alarms = [outcome for outcome in ranks if outcome.message or outcome.exit_code]
+    if alarms:
+        print(alarms[0].message or "")
+        codes = ", ".join(f"rank {o.rank}: {o.exit_code}" for o in ranks)
+        print(f"NOT silent on a healthy run (exit codes {codes}).")
+        show_logs(ranks)
+        return False
+    print(ranks[0].summary)
+    print("silent, as it should be.")
+    return True
+
+
+def show_logs(ranks: list[RankOutcome]) -> None:
+    for outcome in ranks:
+        lines = outcome.log.splitlines()[-SHOWN_LOG_LINES:]
+        print(f"\nRank {outcome.rank}, exit code {outcome.exit_code}, last lines of its output:")
+        print("\n".join(f"  {line}" for line in lines))
+
+
+def find_fault(name: str) -> Fault | None:
+    """The fault of this name, else the first with this cause; None for the healthy run.
+
+    Raises:
+        ConfigError: neither; the near matches are named.
+    """
+    import difflib
+
+    from trl_sync.audit.faults import FAULTS
+
+    if name == HEALTHY:
+        return None
+    if name in FAULTS:
+        return FAULTS[name]
+    for fault in FAULTS.values():
+        if fault.cause == name:
+            return fault
+    known = [*FAULTS, *dict.fromkeys(fault.cause for fault in FAULTS.values()), HEALTHY]
+    near = difflib.get_close_matches(name, known, n=3)
+    hint = f"did you mean {' or '.join(near)}? " if near else ""
+    raise ConfigError(f"no fault or cause is called {name!r}; {hint}See trl-sync demo --list.")
+
+
+def show_faults() -> None:
+    """A table of all faults."""
+    from rich import box
+    from rich.table import Table
+
+    from trl_sync.audit.faults import FAULTS
+    from trl_sync.cli.console import make_console
+
+    table = Table("fault", "cause", "ranks", "seen by", "description", box=box.SIMPLE)
+    for fault in FAULTS.values():
+        table.add_row(fault.name, fault.cause, fault.on, fault.seen_by, fault.description)
+    make_console().print(table)

@@ -1,0 +1,201 @@
+"""`trl-sync report`: what the journal of an audited run says."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from trl_sync.audit.journal import JOURNAL_NAME, read_journal
+from trl_sync.cli.console import make_console
+from trl_sync.errors import ConfigError
+
+Event = Mapping[str, Any]
+
+
+@dataclass(slots=True, kw_only=True)
+class RunReport:
+    """One run of a journal: the events from one "begin" to the next.
+
+    `share_of_step` is the audit's part of the training time, known if the run came to its `end`.
+    """
+
+    begin: Event | None = None
+    audits: int = 0
+    first_step: int | None = None
+    last_step: int | None = None
+    size_bytes: int = 0
+    seconds: float = 0.0
+    share_of_step: float | None = None
+    ended: bool = False
+    desyncs: list[Event] = field(default_factory=list)
+    warnings: list[Event] = field(default_factory=list)
+    saves: list[Event] = field(default_factory=list)
+    resumes: list[Event] = field(default_factory=list)
+    repairs: list[Event] = field(default_factory=list)
+
+
+def show_report(path: Path, *, as_json: bool) -> bool:
+    """Prints the runs of a journal; True if one of them holds a desync.
+
+    Raises:
+        ConfigError: there is no journal at `path`, or it cannot be read.
+    """
+    journal = find_journal(path)
+    runs = summarize(read_journal(journal))
+    if not runs:
+        raise ConfigError(f"{journal} holds no events: the run ended before its first audit.")
+    desynced = any(run.desyncs for run in runs)
+    if as_json:
+        content = {"journal": str(journal), "desynced": desynced, "runs": [asdict(r) for r in runs]}
+        print(json.dumps(content, indent=2))
+    else:
+        console = make_console()
+        console.print(f"{journal}: {count(len(runs), 'run')}", markup=False, soft_wrap=True)
+        for number, run in enumerate(runs, start=1):
+            print_run(console, number, run)
+    return desynced
+
+
+def find_journal(path: Path) -> Path:
+    """The journal in a run's folder, or the file itself."""
+    if not path.is_dir():
+        return path
+    journal = path / JOURNAL_NAME
+    if journal.is_file():
+        return journal
+    deeper = sorted(path.glob(f"*/{JOURNAL_NAME}"))
+    hint = f"; there is {deeper[0]}" if deeper else ""
+    raise ConfigError(
+        f"{path} holds no {JOURNAL_NAME}{hint}. Pass the output_dir of a run that was audited, or "
+        "the journal itself."
+    )
+
+
+def summarize(events: Iterable[Event]) -> list[RunReport]:
+    """The runs of a journal, in order."""
+    runs: list[RunReport] = []
+    for event in events:
+        # A run that is refused at once, such as one that is not distributed, has no "begin".
+        if event["event"] == "begin" or not runs or runs[-1].ended:
+            runs.append(RunReport())
+        add(runs[-1], event)
+    return runs
+
+
+def add(run: RunReport, event: Event) -> None:
+    kind = event["event"]
+    lists = {
+        "desync": run.desyncs,
+        "warning": run.warnings,
+        "save": run.saves,
+        "resume": run.resumes,
+        "repair": run.repairs,
+    }
+    if kind == "begin":
+        run.begin = event
+    elif kind == "audit":
+        run.audits += 1
+        run.size_bytes += event.get("size_bytes", 0)
+        run.seconds += event.get("seconds", 0.0)
+    elif kind == "end":
+        # Its totals hold what audits leave out, such as the time before the comparison.
+        run.ended = True
+        run.audits, run.size_bytes = event["audits"], event["size_bytes"]
+        run.seconds, run.share_of_step = event["seconds"], event["share_of_step"]
+    elif kind in lists:
+        lists[kind].append(event)
+    step = event.get("step")
+    if step is not None:
+        run.first_step = step if run.first_step is None else min(run.first_step, step)
+        run.last_step = step if run.last_step is None else max(run.last_step, step)
+
+
+def print_run(console: Console, number: int, run: RunReport) -> None:
+    console.print(f"\n{title(number, run.begin)}", markup=False, soft_wrap=True)
+    if run.begin is not None:
+        console.print(scope_table(run.begin))
+    facts = Table(box=None, show_header=False, pad_edge=False)
+    for name, text in describe(run).items():
+        facts.add_row(name, escape(text))
+    console.print(facts)
+    if run.desyncs:
+        console.print(desync_table(run.desyncs))
+
+
+def title(number: int, begin: Event | None) -> str:
+    if begin is None:
+        return f"Run {number}: refused before its first audit"
+    every = "every step" if begin["every_steps"] == 1 else f"every {begin['every_steps']} steps"
+    return (
+        f"Run {number} from step {begin['step']}: {count(begin['world_size'], 'rank')}, engine "
+        f"{begin['engine']}, audited {every}, on_desync={begin['on_desync']}"
+    )
+
+
+def scope_table(begin: Event) -> Table:
+    """What is audited, and what is not, with the reason."""
+    table = Table("scope", "status", box=box.SIMPLE)
+    table.add_column("tensors", justify="right")
+    table.add_column("bytes", justify="right")
+    for scope, entry in begin["scopes"].items():
+        status = entry["status"]
+        if entry.get("reason"):
+            status += f": {entry['reason']}"
+        numbers = [entry.get("tensors"), entry.get("size_bytes")]
+        table.add_row(scope, escape(status), *("" if n is None else f"{n:,}" for n in numbers))
+    return table
+
+
+def describe(run: RunReport) -> dict[str, str]:
+    share = "" if run.share_of_step is None else f" ({run.share_of_step:.2%} of training time)"
+    unverified = [save for save in run.saves if not save.get("verified")]
+    facts = {
+        "audits": f"{run.audits:,}",
+        "steps": "none" if run.first_step is None else f"{run.first_step} to {run.last_step}",
+        "hashed": f"{run.size_bytes / 1e6:,.1f} MB",
+        "time": f"{run.seconds:.2f} s{share}",
+        "end": "regular" if run.ended else "none written: the run was stopped, or still runs",
+        "desyncs": str(len(run.desyncs)),
+    }
+    if run.saves:
+        facts["saves"] = f"{len(run.saves)}, {len(unverified)} of them not verified"
+    if run.resumes:
+        facts["resumed"] = ", ".join(f"{r['folder']} (verified)" for r in run.resumes)
+    if run.repairs:
+        facts["repairs"] = f"{len(run.repairs)}, at steps {steps(run.repairs)}"
+    for position, warning in enumerate(run.warnings, start=1):
+        where = warning.get("tensor") or warning.get("scope") or "the run"
+        facts[f"warning {position}"] = f"step {warning['step']}, {where}: {warning['cause']}"
+    return facts
+
+
+def desync_table(desyncs: list[Event]) -> Table:
+    table = Table("desync at step", "cause", "ranks", "tensor", box=box.SIMPLE)
+    for desync in desyncs:
+        for finding in desync["findings"]:
+            ranks = ",".join(map(str, finding["ranks"]))
+            tensor = finding["tensor"] or finding["scope"] or "-"
+            table.add_row(str(finding["step"]), finding["cause"], ranks, escape(tensor))
+    return table
+
+
+def steps(events: list[Event]) -> str:
+    return ", ".join(str(event["step"]) for event in events)
+
+
+def count(number: int, noun: str) -> str:
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
+
+
+def escape(text: str) -> str:
+    """`text` as it is: rich reads [brackets] as markup."""
+    from rich.markup import escape as escape_markup
+
+    return escape_markup(text)
