@@ -100,16 +100,24 @@ class SyncAuditor:
     def __enter__(self) -> SyncAuditor:
         return self
 
-    def __exit__(self, error_type: Any, *args: Any) -> None:
-        try:
-            if error_type is None:
+    def __exit__(self, error_type: type[BaseException] | None, *args: Any) -> None:
+        if error_type is None:
+            try:
                 self.finish()
-        finally:
+            finally:
+                self.detach()
+        elif issubclass(error_type, DesyncError):
             self.detach()
+        else:
+            # An error of this rank alone: its watch goes on until the process ends, so that it can
+            # say who was missing, and that the others see this rank leave.
+            self._stack.close()
 
     def detach(self) -> None:
         """Removes every hook, ends the watch and closes the journal; no collective."""
         self._stack.close()
+        if self._begun and hasattr(self, "watch"):
+            self.watch.stop()
 
     @contextlib.contextmanager
     def pause(self, reason: str) -> Iterator[None]:
@@ -182,6 +190,7 @@ class SyncAuditor:
             with self._timed():
                 snapshot = self._snapshotter.after_update(step, self._next_audit(), self._updates)
                 self._updates = 0
+                self.watch.advance(step, Phase.COMPARING)
                 if self._blocking:
                     report = self._settle(snapshot)
                 else:
@@ -275,7 +284,6 @@ class SyncAuditor:
             on_missing=self._on_missing,
         )
         self.watch.start()
-        self._stack.callback(self.watch.stop)
         if self.comparison.world_size > 1:
             name_missing_on_uncaught(self.watch)
 
@@ -427,8 +435,8 @@ class SyncAuditor:
                 f"step {self._step}: the audit's exchange failed ({error}), and no rank is known "
                 "to be dead. Look at the other ranks' logs."
             )
+        self.watch.report(missing)
         report = self._missing(missing)
-        self.reaction.write_missing(report, missing)
         return DesyncError(report.describe(), report, report.findings)
 
     def _report(self, finding: Finding) -> SyncReport:
