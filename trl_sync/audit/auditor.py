@@ -273,6 +273,8 @@ class SyncAuditor:
         self._stack.callback(self._snapshotter.close)
         self._judge = Judge(self.comparison, self._snapshotter, self.config.every_steps)
         self._count_updates()
+        on_gpu = any(tensor.is_cuda for tensor in self.inventory.trainable.tensors)
+        self._blocking = not on_gpu if self.config.blocking is None else self.config.blocking
         self_test_s = self_test(self.comparison) if self.config.self_test else None
         self._write_first_line(self_test_s)
 
@@ -352,12 +354,6 @@ class SyncAuditor:
 
     # One audit.
 
-    @property
-    def _blocking(self) -> bool:
-        if self.config.blocking is not None:
-            return self.config.blocking
-        return all(tensor.device.type != "cuda" for tensor in self.inventory.trainable.tensors)
-
     def _due(self, step: int) -> bool:
         return step % self.config.every_steps == 0
 
@@ -384,7 +380,12 @@ class SyncAuditor:
         self._size_bytes += report.size_bytes
         if report.equal:
             self._warn_of_edits(snapshot, history)
-        if self.reaction.react(report):
+        try:
+            wants_repair = self.reaction.react(report)
+        except DesyncError:
+            self.detach()  # on every rank; there is nothing left to audit
+            raise
+        if wants_repair:
             repair(self.comparison, self.inventory, report, self._snapshotter)
             self.note("repair", step=report.step, audit=report.audit)
             self._judge.note_outcome(report.step, equal=True)

@@ -16,6 +16,7 @@ from torch import Tensor
 from trl_sync.audit.findings import Difference
 from trl_sync.audit.localize import compare_with_reference
 from trl_sync.audit.tensor_bytes import host_bytes
+from trl_sync.errors import AuditError
 
 
 class Comparison:
@@ -34,6 +35,7 @@ class Comparison:
         on_failure: Callable[[RuntimeError], Exception] | None = None,
     ) -> None:
         self._on_failure = on_failure
+        self._closed = False
         distributed = dist.is_available() and dist.is_initialized()
         self.world_size = dist.get_world_size() if distributed else 1
         self.rank = dist.get_rank() if distributed else 0
@@ -49,7 +51,7 @@ class Comparison:
         `values` are signed 64-bit and as many on every rank. One all-reduce MAX of [x, ~x] gives
         the largest and the smallest of each; unlike -x, ~x is exact for every int64.
         """
-        if self._group is None:
+        if self._is_alone():
             return [True] * len(values)
         own = torch.tensor(values, dtype=torch.int64)
         both = torch.cat([own, ~own])
@@ -59,7 +61,7 @@ class Comparison:
 
     def gather(self, value: Any) -> list[Any]:
         """`value` of every rank, by rank; anything that pickles."""
-        if self._group is None:
+        if self._is_alone():
             return [value]
         gathered: list[Any] = [None] * self.world_size
         self._run(lambda: dist.all_gather_object(gathered, value, group=self._group))
@@ -71,7 +73,7 @@ class Comparison:
         None if a rank lacks the tensor, its shape or type differs, or nothing differs. One copy of
         the tensor's bytes is held on the host.
         """
-        if self._group is None:
+        if self._is_alone():
             return None
         form = None if tensor is None else (tuple(tensor.shape), str(tensor.dtype))
         forms = self.gather(form)
@@ -86,7 +88,7 @@ class Comparison:
 
     def broadcast(self, tensor: Tensor, source_rank: int) -> None:
         """`tensor` of `source_rank` on every rank, in place, bit for bit."""
-        if self._group is None:
+        if self._is_alone():
             return
         sent = torch.frombuffer(bytearray(host_bytes(tensor)), dtype=torch.uint8)
         self._run(lambda: dist.broadcast(sent, src=source_rank, group=self._group))
@@ -101,7 +103,17 @@ class Comparison:
         """Gives the group back; the default group must still be there."""
         if self._group is not None and dist.is_initialized():
             dist.destroy_process_group(self._group)
-        self._group = None
+        self._group, self._closed = None, True
+
+    def _is_alone(self) -> bool:
+        """True with one rank.
+
+        Raises:
+            AuditError: the group was given back; "equal" would mean nothing now.
+        """
+        if self._closed:
+            raise AuditError("This audit has ended: attach a new one to go on.")
+        return self._group is None
 
     def _run(self, collective: Callable[[], Any]) -> None:
         try:

@@ -8,6 +8,7 @@ from enum import StrEnum
 from typing import Any
 
 DOCS = "docs/errors.md"
+SHOWN = 8
 
 
 class Scope(StrEnum):
@@ -151,7 +152,9 @@ class Finding:
 
     def _who(self) -> str:
         if len(self.holders) > 1:
-            return ", ".join(f"{_ranks(ranks)} {digest}" for ranks, digest in self.holders)
+            shown = [f"{_ranks(ranks)} {digest}" for ranks, digest in self.holders[:SHOWN]]
+            more = len(self.holders) - SHOWN
+            return ", ".join(shown) + (f" and {more} other groups differ again" if more > 0 else "")
         plural = "rank" if len(self.ranks) == 1 else "ranks"
         return f"on {plural} {','.join(map(str, self.ranks))}"
 

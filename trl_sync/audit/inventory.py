@@ -7,6 +7,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol, runtime_checkable
 
+import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as module_hooks
 
@@ -117,7 +118,7 @@ class Inventory:
 
     def gradients(self) -> list[Tensor | None]:
         """The gradient of each trainable parameter, in their order."""
-        return [parameter.grad for parameter in self.trainable.tensors]
+        return [_values(parameter.grad) for parameter in self.trainable.tensors]
 
     def optimizer_parameters(self) -> list[nn.Parameter]:
         """Every parameter the optimizer updates."""
@@ -284,7 +285,16 @@ def unsupported_reason(tensor: Tensor) -> str | None:
         return "sharded by FSDP1"
     if tensor.is_meta:
         return "on the meta device, without bytes"
+    if tensor.layout is not torch.strided or tensor.is_quantized:
+        return f"of layout {tensor.layout}, type {tensor.dtype}"
     return None
+
+
+def _values(gradient: Tensor | None) -> Tensor | None:
+    """A gradient's bytes; of a sparse one those of its values."""
+    if gradient is not None and gradient.is_sparse:
+        return gradient.coalesce().values()
+    return gradient
 
 
 def _join(prefix: str, name: str) -> str:

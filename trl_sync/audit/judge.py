@@ -103,7 +103,7 @@ class Judge:
             added=history.added,
             unmoved=history.unmoved,
             gradient_norms=self._snapshotter.gradient_norms() if differing else {},
-            learning_rates=snapshot.learning_rates,
+            learning_rates=tuple(sorted(set(self._inventory.learning_rates().values()))),
             local=tuple(snapshot.local),
         )
         context = Context(

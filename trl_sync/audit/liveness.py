@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from enum import Enum
 
 import torch
@@ -33,7 +33,7 @@ class Liveness:
         self,
         names: Sequence[str],
         parameters: Sequence[Tensor],
-        learning_rates: Mapping[int, float],
+        learning_rates: Callable[[], Mapping[int, float]],
     ) -> dict[str, Motion]:
         """What the coming update should do to the suspects; ask when gradients are final.
 
@@ -41,9 +41,10 @@ class Liveness:
         """
         if not self._suspects:
             return {}
-        largest = max(learning_rates.values(), default=0.0)
+        rates = learning_rates()
+        largest = max(rates.values(), default=0.0)
         return {
-            name: expected_motion(parameter, learning_rates.get(id(parameter), largest))
+            name: expected_motion(parameter, rates.get(id(parameter), largest))
             for name, parameter in zip(names, parameters, strict=True)
             if name in self._suspects
         }

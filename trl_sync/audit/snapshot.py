@@ -68,7 +68,6 @@ class Snapshot:
     taken: dict[Slot, Taken] = field(default_factory=dict)
     frozen: SliceChecksums | None = None
     expected: Mapping[str, Motion] = field(default_factory=dict)
-    learning_rates: tuple[float, ...] = ()
     local: list[LocalFinding] = field(default_factory=list)
 
     @property

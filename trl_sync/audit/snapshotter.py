@@ -73,7 +73,7 @@ class Snapshotter:
         if Scope.TRAINABLE in self._scopes:
             self._take(self._before.taken, Slot.BEFORE, trainable.names, trainable.tensors)
             self._before.expected = self._liveness.expect(
-                trainable.names, trainable.tensors, inventory.learning_rates()
+                trainable.names, trainable.tensors, inventory.learning_rates
             )
         if Scope.GRADIENTS in self._scopes:
             self._take(self._before.taken, Slot.GRADIENTS, trainable.names, inventory.gradients())
@@ -87,7 +87,6 @@ class Snapshotter:
             updates=updates,
             taken=self._before.taken,
             expected=self._before.expected,
-            learning_rates=self._learning_rates(),
         )
         self._before = _BeforeUpdate()
         self._num_audits += 1
@@ -107,7 +106,6 @@ class Snapshotter:
             step=step,
             audit=audit,
             updates=updates,
-            learning_rates=self._learning_rates(),
         )
         self._take_parameters(snapshot, Slot.BEFORE)
         snapshot.frozen = self.baseline.start_all(step)
@@ -193,9 +191,6 @@ class Snapshotter:
             self._optimizer_size = size
             found += [new for new in self._check_roles() if new not in found]
         return found
-
-    def _learning_rates(self) -> tuple[float, ...]:
-        return tuple(sorted(set(self.inventory.learning_rates().values())))
 
     def _resolve_frozen(self, snapshot: Snapshot, checksums: Checksums) -> None:
         if snapshot.frozen is None:

@@ -94,5 +94,7 @@ def main() -> None:
 
 
 def _fail(message: str) -> int:
-    print(f"error: {message}", file=sys.stderr)
+    # Without a command typer has shown the help already, and says nothing more.
+    if message:
+        print(f"error: {message}", file=sys.stderr)
     return 2

@@ -95,7 +95,7 @@ def planting(job: DrillJob, fault: str, record: Record) -> Iterator[None]:
     if fault == "none":
         yield
         return
-    options = {"delay_s": DELAY_S} if fault.startswith("delayed") else {}
+    options: dict[str, Any] = {"delay_s": DELAY_S} if fault.startswith("delayed") else {}
     with plant_on(job, fault, step=FAULT_UPDATE, **options) as planted:
         record.plant(planted)
         try:
