@@ -101,6 +101,13 @@ def test_the_embedded_task_is_learned(seed: int, tmp_path: Path) -> None:
     assert sum("objective/scores" in row for row in history) == 10
     assert (out / "adapter_model.safetensors").is_file()
     assert (out / "value" / "value_head.safetensors").is_file()
+    # One audit an update, one at the start and one at the end.
+    assert figures["audits"] == 10 * 8 + 2
+    assert figures["desyncs"] == 0
+    assert 0 < figures["audit_share_of_step"] < 0.05  # loose: the machine is busy; see recipes/bench
+    assert "sync audit: 82 audits, no desync" in done.stdout
+    first = json.loads((out / "sync_audit.jsonl").read_text().splitlines()[0])
+    assert set(first["roles"]) == {"policy", "value", "reference", "reward"}
 
 
 @pytest.mark.slow
@@ -123,6 +130,8 @@ def test_two_ranks_a_local_model_conversations_a_function_and_a_config_file(
     figures = summary(out)
     assert figures["world_size"] == 2
     assert figures["episodes"] == 32
+    assert figures["audits"] > 2
+    assert figures["desyncs"] == 0
     assert figures["quantization"] == "nf4"
     assert "positive_share_after" not in figures
     assert done.stdout.count("Before and after") == 1
@@ -141,8 +150,10 @@ def test_a_local_model_and_reward_model_without_quantization(local: Path, tmp_pa
         eval_steps=4,
         **SMALL,
     )
-    done = launch(*named, "--no_quantization")
+    done = launch(*named, "--no_quantization", "--no_audit")
     assert done.returncode == 0, done.stderr
+    assert not (out / "sync_audit.jsonl").exists()
+    assert "audits" not in summary(out)
     assert summary(out)["quantization"] == "none"
     history = json.loads((out / "trainer_state.json").read_text())["log_history"]
     assert sum("eval_objective/scores" in row for row in history) == 4
