@@ -51,7 +51,10 @@ class Record:
 
     def add(self, **fields: Any) -> None:
         self._content |= fields
-        self._file.write_text(json.dumps(self._content), encoding="utf-8")
+        # In one step: the watch may end this process at any moment.
+        unfinished = self._file.with_suffix(".tmp")
+        unfinished.write_text(json.dumps(self._content), encoding="utf-8")
+        unfinished.replace(self._file)
 
     def begin_update(self) -> None:
         self.add(updates_begun_s=[*self._content["updates_begun_s"], time.time()])
@@ -109,16 +112,9 @@ def train_audited(
 ) -> None:
     auditor = make_auditor(job, folder, timeout_s=timeout_s)
     record.add(begun_s=time.time())
-    # No `with`: after an error of training the watch must live on, to say which rank is gone.
-    try:
-        auditor.attach()
+    with auditor.attach():
         record.begin_update()
         job.train(UPDATES, on_step=lambda *_: record.begin_update())
-        auditor.finish()
-    except DesyncError:
-        auditor.detach()
-        raise
-    auditor.detach()
     record.add(summary=auditor.summary().describe())
 
 

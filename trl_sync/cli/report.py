@@ -48,19 +48,32 @@ def show_report(path: Path, *, as_json: bool) -> bool:
         ConfigError: there is no journal at `path`, or it cannot be read.
     """
     journal = find_journal(path)
-    runs = summarize(read_journal(journal))
-    if not runs:
-        raise ConfigError(f"{journal} holds no events: the run ended before its first audit.")
-    desynced = any(run.desyncs for run in runs)
+    try:
+        runs = summarize(read_journal(journal))
+        if not runs:
+            raise ConfigError(f"{journal} holds no events: the run ended before its first audit.")
+        show_runs(journal, runs, as_json=as_json)
+    except (KeyError, TypeError, AttributeError) as error:
+        raise ConfigError(
+            f"{journal} is not as this version writes it ({type(error).__name__}: {error}). Read "
+            "it with the version of trl_sync that wrote it; its first line names that."
+        ) from error
+    return any(run.desyncs for run in runs)
+
+
+def show_runs(journal: Path, runs: list[RunReport], *, as_json: bool) -> None:
     if as_json:
-        content = {"journal": str(journal), "desynced": desynced, "runs": [asdict(r) for r in runs]}
+        content = {
+            "journal": str(journal),
+            "desynced": any(run.desyncs for run in runs),
+            "runs": [asdict(run) for run in runs],
+        }
         print(json.dumps(content, indent=2))
-    else:
-        console = make_console()
-        console.print(f"{journal}: {count(len(runs), 'run')}", markup=False, soft_wrap=True)
-        for number, run in enumerate(runs, start=1):
-            print_run(console, number, run)
-    return desynced
+        return
+    console = make_console()
+    console.print(f"{journal}: {count(len(runs), 'run')}", markup=False, soft_wrap=True)
+    for number, run in enumerate(runs, start=1):
+        print_run(console, number, run)
 
 
 def find_journal(path: Path) -> Path:

@@ -1,0 +1,111 @@
+"""The audited recipes as they are started: SFT, DPO with and without adapters, and the drill."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ranks import free_port
+from trl_sync.audit.journal import JOURNAL_NAME, read_journal
+
+ROOT = Path(__file__).parents[2]
+SHORT = ["--max_steps", "4", "--save_strategy", "no"]
+
+pytestmark = pytest.mark.slow
+
+
+def launch(recipe: str, *arguments: str, ranks: int) -> subprocess.CompletedProcess[str]:
+    config = ROOT / f"recipes/accelerate_configs/cpu_{ranks}.yaml"
+    start = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(config)]
+    port = ["--main_process_port", str(free_port())]
+    return subprocess.run(
+        [*start, *port, str(ROOT / "recipes" / recipe), *arguments],
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=280,
+    )
+
+
+def events(folder: Path, kind: str) -> list[dict[str, Any]]:
+    return [event for event in read_journal(folder / JOURNAL_NAME) if event["event"] == kind]
+
+
+def assert_silent(folder: Path, done: subprocess.CompletedProcess[str], ranks: int) -> None:
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("sync audit: ") == 1
+    assert "no desync" in done.stdout
+    (begin,) = events(folder, "begin")
+    assert begin["world_size"] == ranks
+    (end,) = events(folder, "end")
+    assert end["desyncs"] == 0
+    assert {event["step"] for event in events(folder, "audit")} >= {1, 2, 3, 4}
+
+
+def test_sft_on_one_process(tmp_path: Path) -> None:
+    # Saves, so that the checkpoint has a manifest.
+    arguments = ["--max_steps", "4", "--save_steps", "4", "--output_dir", str(tmp_path)]
+    assert_silent(tmp_path, launch("sft_audited.py", *arguments, ranks=1), ranks=1)
+    assert (tmp_path / "model.safetensors").is_file()
+    (save,) = events(tmp_path, "save")
+    assert save["verified"] is True
+    assert (tmp_path / "checkpoint-4" / "sync_manifest.json").is_file()
+
+
+@pytest.mark.ranks
+def test_sft_on_two_ranks_without_flags_for_cpus(tmp_path: Path) -> None:
+    done = launch("sft_audited.py", *SHORT, "--output_dir", str(tmp_path), ranks=2)
+    assert_silent(tmp_path, done, ranks=2)
+
+
+@pytest.mark.ranks
+def test_dpo_with_adapters_on_two_ranks(tmp_path: Path) -> None:
+    done = launch("dpo_audited.py", *SHORT, "--output_dir", str(tmp_path), ranks=2)
+    assert_silent(tmp_path, done, ranks=2)
+    assert (tmp_path / "adapter_model.safetensors").is_file()
+    (begin,) = events(tmp_path, "begin")
+    # The base of the embedded default has 30 tensors.
+    assert begin["scopes"]["frozen"]["tensors"] == 30
+
+
+@pytest.mark.ranks
+def test_dpo_without_adapters_audits_the_reference_model(tmp_path: Path) -> None:
+    arguments = [*SHORT, "--use_peft", "false", "--output_dir", str(tmp_path)]
+    assert_silent(tmp_path, launch("dpo_audited.py", *arguments, ranks=2), ranks=2)
+    (begin,) = events(tmp_path, "begin")
+    assert begin["roles"]["reference"] == {"trainable": False, "parameters": 30}
+
+
+@pytest.mark.ranks
+@pytest.mark.parametrize(
+    "fault, cause, step",
+    [("forward_unwrapped", "gradient_not_reduced", 2), ("step_skipped", "stale_replica", 3)],
+)
+def test_the_drill_names_the_fault(fault: str, cause: str, step: int, tmp_path: Path) -> None:
+    arguments = ["--fault", fault, "--step", str(step), "--output_dir", str(tmp_path)]
+    done = launch("audit_demo.py", *arguments, ranks=2)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert f"Planted {fault} in step {step}. The audit says:\n\nstep {step}, " in done.stdout
+    assert f"See docs/errors.md#{cause}" in done.stdout
+    assert done.stdout.count("The audit says") == 1
+
+
+@pytest.mark.parametrize(
+    "fault, complaint",
+    [
+        ("nonsense", "no fault or cause is called 'nonsense'"),
+        ("byte_flipped", "byte_flipped strikes no model in training"),
+    ],
+)
+def test_a_fault_that_cannot_be_drilled_is_one_line(
+    fault: str, complaint: str, tmp_path: Path
+) -> None:
+    done = launch("audit_demo.py", "--fault", fault, "--output_dir", str(tmp_path), ranks=1)
+    assert done.returncode != 0
+    assert f"error: {complaint}" in done.stderr
+    assert 'audit_demo.py", line' not in done.stderr  # no traceback of the recipe
