@@ -1,4 +1,4 @@
-"""bitsandbytes quantization state by name: neither parameters nor buffers, but half of the weight."""
+"""bitsandbytes quantization state by name: neither parameters nor buffers."""
 
 from __future__ import annotations
 

@@ -50,9 +50,7 @@ def main() -> None:
 
 def parse() -> tuple[argparse.Namespace, list[str]]:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument(
-        "--pairs", type=int, default=5, help="alternating pairs, at least 2"
-    )
+    parser.add_argument("--pairs", type=int, default=5, help="alternating pairs, at least 2")
     parser.add_argument("--json", type=Path, help="file for all figures")
     options, rest = parser.parse_known_args()
     if options.pairs < 2:

@@ -6,9 +6,9 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-import manifests
 import pytest
 
+import manifests
 import tiny
 
 

@@ -139,9 +139,7 @@ def reference_with_dropout_in_evaluation(steps: int) -> dict[str, Any]:
         with torch.no_grad():
             reference(data(step))
 
-    return train(
-        nn.Linear(FEATURES, 4), steps, between_steps=run, modules={"reference": reference}
-    )
+    return train(nn.Linear(FEATURES, 4), steps, between_steps=run, modules={"reference": reference})
 
 
 def declared_reference_sync(steps: int) -> dict[str, Any]:

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
-import fault_matrix
 import pytest
+
+import fault_matrix
 from fault_matrix import COVER_STEPS, FAULT_STEP
 from ranks import run_on_ranks
-
 from trl_sync.audit.faults import FAULTS
 
 pytestmark = [pytest.mark.ranks, pytest.mark.slow]
@@ -36,7 +36,7 @@ TENSORS = {
     "head_seeded_per_rank": "reward.0.weight",
     "tensor_added": "late_tensor",
     "extra_optimizer_step": None,
-    "dropout_in_reference": None,
+    "dropout_in_reference": "reference.1",
 }
 # Steps at which the audit may name it: where it was planted, unless it cannot show there.
 STEPS = {
@@ -116,10 +116,37 @@ def check_named(row: dict[str, Any], name: str, late: bool) -> None:
     if name == "optimizer_holds_copies" and not late:
         tensor = FIRST_LORA.replace("lora_A", "lora_B")  # lora_A has no gradient in update 1
     assert row["tensor"] is None if tensor is None else row["tensor"].endswith(tensor)
+    if name == "bit_flipped":  # located: rank 4 times 128 inputs, the lowest bit of the first
+        assert "1 of 512 elements differ, first at [0, 0]" in row["message"]
     if name in ("dropout_in_reference", "head_seeded_per_rank"):
         assert row["role"] == ("reference" if name == "dropout_in_reference" else "reward")
     for part in (f"Cause: {cause}.", f"docs/errors.md#{cause}", f"step {row['step']}"):
         assert part in row["message"]
+
+
+@pytest.fixture(scope="module")
+def late_rows() -> dict[str | None, list[dict[str, Any]]]:
+    """The same where the verdict comes one step late, as on a GPU."""
+    names = [None, *SURVIVABLE]
+    answers = run_on_ranks(
+        fault_matrix.run_matrix, names, True, {"blocking": False}, deadline_s=280
+    )
+    return {rows[0]["fault"]: list(rows) for rows in zip(*answers, strict=True)}
+
+
+@pytest.mark.parametrize("name", SURVIVABLE)
+def test_each_fault_is_named_when_the_verdict_is_late(late_rows: Any, name: str) -> None:
+    first, second = late_rows[name]
+    assert first["message"] == second["message"]
+    check_named(first, name, late=True)
+    at_begin = name == "checkpoint_restored_on_one_rank"
+    assert first["updates"] <= first["step"] + (not at_begin)
+
+
+def test_healthy_twin_is_silent_when_the_verdict_is_late(late_rows: Any) -> None:
+    for row in late_rows[None]:
+        assert row["cause"] is None
+        assert row["audits"] == fault_matrix.STEPS + 2
 
 
 @pytest.mark.parametrize("late", [False, True])

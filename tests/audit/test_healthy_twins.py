@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from typing import Any
 
-import healthy_twins
 import pytest
+
+import healthy_twins
 from ranks import run_on_ranks
 
 pytestmark = [pytest.mark.ranks, pytest.mark.slow]
 
-STEPS = {name: 160 for name in healthy_twins.TWINS}
+STEPS = dict.fromkeys(healthy_twins.TWINS, 160)
 # Warned about, each once: what was declared, and what cannot move in 16 bits.
 WARNINGS = {"declared_reference_sync": ["frozen_changed"], "sixteen_bits": ["never_updated"]}
 

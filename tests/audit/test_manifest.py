@@ -7,14 +7,14 @@ import os
 from pathlib import Path
 from typing import Any
 
-import manifests
 import pytest
 import torch
 import xxhash
-from manifests import ADAPTER, INDEX, STEP, flip, found, scopes, shards
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+import manifests
+from manifests import ADAPTER, INDEX, STEP, flip, found, scopes, shards
 from ranks import run_on_ranks
 from trl_sync.audit.manifest import (
     MANIFEST_NAME,

@@ -7,14 +7,14 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-import manifests
 import pytest
 import torch
-from manifests import INDEX, STEP, flip, kinds
 from safetensors.torch import load_file, save_file
 from transformers import BitsAndBytesConfig, LlamaForCausalLM
 
+import manifests
 import tiny
+from manifests import INDEX, STEP, flip, kinds
 from trl_sync.audit.manifest import (
     check_base,
     describe,

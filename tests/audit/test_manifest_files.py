@@ -9,13 +9,13 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-import manifests
 import pytest
 import torch
-from manifests import ADAPTER, INDEX, STEP, flip, found, shards
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+import manifests
+from manifests import ADAPTER, INDEX, STEP, flip, found, shards
 from trl_sync.audit import checkpoint_files
 from trl_sync.audit.manifest import (
     MANIFEST_NAME,

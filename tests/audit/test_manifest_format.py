@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from manifests import ADAPTER, flip, found
 
+from manifests import ADAPTER, flip, found
 from trl_sync.audit.manifest import (
     MANIFEST_NAME,
     read_manifest,

@@ -5,13 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import manifests
 import pytest
 import torch
-from manifests import kinds, scopes
 from torch import Tensor
 from transformers import TrainerCallback
 
+import manifests
+from manifests import kinds, scopes
 from trl_sync.audit.manifest import (
     check_tensors,
     describe,

@@ -104,7 +104,9 @@ def test_the_embedded_task_is_learned(seed: int, tmp_path: Path) -> None:
     # One audit an update, one at the start and one at the end.
     assert figures["audits"] == 10 * 8 + 2
     assert figures["desyncs"] == 0
-    assert 0 < figures["audit_share_of_step"] < 0.05  # loose: the machine is busy; see recipes/bench
+    assert (
+        0 < figures["audit_share_of_step"] < 0.05
+    )  # loose: the machine is busy; see recipes/bench
     assert "sync audit: 82 audits, no desync" in done.stdout
     first = json.loads((out / "sync_audit.jsonl").read_text().splitlines()[0])
     assert set(first["roles"]) == {"policy", "value", "reference", "reward"}

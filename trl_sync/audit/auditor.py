@@ -36,6 +36,7 @@ logger = logging.getLogger("trl_sync.audit")
 # A rank that waits in the exchange longer than this gives up, whatever the watch thinks. The watch
 # ends lagging ranks much earlier; legitimate waits, such as rank 0 writing a checkpoint, are long.
 EXCHANGE_TIMEOUT_S = 1800.0
+DEATH_PATIENCE_S = 2.0
 
 
 class SyncAuditor:
@@ -274,7 +275,9 @@ class SyncAuditor:
         self._judge = Judge(self.comparison, self._snapshotter, self.config.every_steps)
         self._count_updates()
         on_gpu = any(tensor.is_cuda for tensor in self.inventory.trainable.tensors)
-        self._blocking = not on_gpu if self.config.blocking is None else self.config.blocking
+        wanted = True if self.config.on_desync == "repair" else self.config.blocking
+        self._blocking = not on_gpu if wanted is None else wanted
+        self._snapshotter.keeps_gradient_norms = not self._blocking
         self_test_s = self_test(self.comparison) if self.config.self_test else None
         self._write_first_line(self_test_s)
 
@@ -415,7 +418,7 @@ class SyncAuditor:
         return self._report(
             Finding(
                 cause=Cause.RANK_MISSING,
-                step=self._step + 1,
+                step=self.watch.step,
                 ranks=missing.ranks,
                 last_equal_step=self.last_equal_step,
                 evidence=missing.describe(),
@@ -430,7 +433,7 @@ class SyncAuditor:
 
     def _explain_failure(self, error: RuntimeError) -> Exception:
         """The error for a collective of the audit that failed: who is gone, if that is known."""
-        missing = self.watch.find_missing()
+        missing = self._await_missing()
         if missing is None:
             return DesyncError(
                 f"step {self._step}: the audit's exchange failed ({error}), and no rank is known "
@@ -439,6 +442,13 @@ class SyncAuditor:
         self.watch.report(missing)
         report = self._missing(missing)
         return DesyncError(report.describe(), report, report.findings)
+
+    def _await_missing(self) -> MissingRanks | None:
+        """Who is dead; a connection may break a moment before the process is gone."""
+        deadline_s = time.monotonic() + DEATH_PATIENCE_S
+        while (missing := self.watch.find_missing()) is None and time.monotonic() < deadline_s:
+            time.sleep(0.05)
+        return missing
 
     def _report(self, finding: Finding) -> SyncReport:
         return SyncReport(

@@ -86,9 +86,13 @@ class FrozenBaseline:
                 (piece, tensor)
             )
             done += piece.size_bytes
+        before = [piece for part in self._slices for piece in part.pieces]
         self._slices = [_slice(members) for members in slices.values()]
-        self._next = 0
-        present = {piece for piece, _ in pieces}
+        present = {piece: None for piece, _ in pieces}
+        if list(present) != before:
+            # Other pieces on every rank alike, or the schema tells. If only their tensors are new,
+            # the turn stays: one rank may notice that before the others.
+            self._next = 0
         self._baseline = {p: d for p, d in self._baseline.items() if p in present}
 
     def start_next(self, step: int) -> SliceChecksums | None:
@@ -127,6 +131,10 @@ class FrozenBaseline:
             if self._baseline.setdefault(piece, digest) != digest:
                 changed.append(piece)
         return changed
+
+    def forget(self) -> None:
+        """Every piece counts as new."""
+        self._baseline.clear()
 
     def accept(self, pieces: Sequence[Piece], digests: Sequence[bytes]) -> None:
         """Takes these checksums as the baseline from now on."""

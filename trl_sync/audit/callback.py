@@ -36,6 +36,7 @@ class SyncAuditCallback(TrainerCallback):
         self._config = AuditConfig(**options)
         self._auditor: SyncAuditor | None = None
         self._paused = False
+        self._save_total_limit: tuple[Any, int | None] | None = None
         self._summary: AuditSummary | None = None
 
     @property
@@ -55,7 +56,7 @@ class SyncAuditCallback(TrainerCallback):
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.close()
-        self._summary = None
+        self._summary, self._paused = None, False
         self._auditor = SyncAuditor(
             _accelerate_state(),
             kwargs["model"],
@@ -80,18 +81,15 @@ class SyncAuditCallback(TrainerCallback):
 
     def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.auditor.after_update(state.global_step + 1)
-        if self.auditor.should_stop:
-            # A checkpoint to look into, beside the good ones: none of those is deleted for it.
-            args.save_total_limit = None
+        if self._stops(args, control):
             control.should_save = True
-            control.should_training_stop = True
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self._pause("work between two steps")
-        self._before_save_or_evaluation(control)
+        self._before_save_or_evaluation(args, control)
 
     def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self._before_save_or_evaluation(control)
+        self._before_save_or_evaluation(args, control)
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if self._config.manifest:
@@ -109,14 +107,29 @@ class SyncAuditCallback(TrainerCallback):
         """Removes the hooks of the last training, also one that ended with an error."""
         if self._auditor is not None:
             self._auditor.detach()
+        if self._save_total_limit is not None:
+            arguments, limit = self._save_total_limit
+            arguments.save_total_limit = limit
+            self._save_total_limit = None
 
-    def _before_save_or_evaluation(self, control: Any) -> None:
+    def _before_save_or_evaluation(self, args: Any, control: Any) -> None:
         if self.auditor.should_stop:
             return
         if control.should_save:
             self.auditor.check()
         elif control.should_evaluate or control.should_training_stop:
             self.auditor.drain()
+        self._stops(args, control)
+
+    def _stops(self, args: Any, control: Any) -> bool:
+        """True if training ends for a desync; no good checkpoint is deleted for the one to come."""
+        if not self.auditor.should_stop:
+            return False
+        if self._save_total_limit is None:
+            self._save_total_limit = (args, args.save_total_limit)
+        args.save_total_limit = None
+        control.should_training_stop = True
+        return True
 
     def _pause(self, reason: str) -> None:
         if not self._paused:

@@ -27,7 +27,6 @@ logger = logging.getLogger("trl_sync.audit")
 def state_by_scope(auditor: SyncAuditor) -> dict[str, list[tuple[str, Tensor]]]:
     """The tensors a manifest holds, by scope."""
     inventory = auditor.inventory
-    inventory.refresh(force=True)
     return {
         Scope.TRAINABLE.value: list(inventory.trainable.items()),
         Scope.FROZEN.value: list(inventory.frozen.items()),
@@ -42,6 +41,7 @@ def write_checkpoint_manifest(auditor: SyncAuditor, folder: Path, step: int) -> 
     reason = auditor.reaction.unverified_reason
     if reason is None and auditor.last_equal_step != step and not auditor.check(step).equal:
         reason = f"ranks differ at step {step}: {auditor.last_equal_step} was the last equal one"
+    auditor.inventory.refresh(force=True)
     auditor.comparison.barrier()
     if not auditor.is_main_process:
         return

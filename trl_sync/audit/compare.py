@@ -88,7 +88,7 @@ class Comparison:
 
     def broadcast(self, tensor: Tensor, source_rank: int) -> None:
         """`tensor` of `source_rank` on every rank, in place, bit for bit."""
-        if self._is_alone():
+        if self._is_alone() or not tensor.numel():
             return
         sent = torch.frombuffer(bytearray(host_bytes(tensor)), dtype=torch.uint8)
         self._run(lambda: dist.broadcast(sent, src=source_rank, group=self._group))

@@ -59,6 +59,11 @@ class AuditConfig:
             raise ConfigError(
                 f"on_desync is {self.on_desync!r}; it must be one of {', '.join(ON_DESYNC)}."
             )
+        if self.on_desync == "repair" and (self.every_steps > 1 or self.blocking is False):
+            raise ConfigError(
+                "on_desync='repair' needs every_steps=1 and blocking=True: after another update "
+                "the damage is in the gradients of all ranks."
+            )
         if isinstance(self.scopes, str):
             raise ConfigError(f"scopes must be a list of names, not the text {self.scopes!r}.")
         known = [scope.value for scope in Scope]

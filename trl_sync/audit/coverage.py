@@ -22,4 +22,7 @@ def coverage(
     if tensors is None:
         return {"status": "audited"}
     size = sum(tensor.nbytes for tensor in tensors.tensors)
-    return {"status": "audited", "tensors": len(tensors), "size_bytes": size}
+    found: dict[str, Any] = {"status": "audited", "tensors": len(tensors), "size_bytes": size}
+    if scope is Scope.OPTIMIZER and not len(tensors):
+        found["reason"] = "the first update makes the state"
+    return found

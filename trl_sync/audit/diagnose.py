@@ -30,6 +30,7 @@ class Evidence:
     updates: int
     audit: int
     algorithm: str
+    last_equal_step: int | None = None
     schema: tuple[tuple[str, str, str, tuple[int, ...]], ...] = ()
     digests: Mapping[Slot, Mapping[str, bytes]] = field(default_factory=dict)
     edited: frozenset[str] = frozenset()
@@ -42,7 +43,7 @@ class Evidence:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Context:
-    """What all ranks know alike.
+    """What all ranks know alike; `step` is that of the rank that is least far.
 
     `was_equal`: the last audit found the ranks equal; a difference that stays was reported then.
     """
@@ -126,7 +127,6 @@ def _structure(evidence: Sequence[Evidence], context: Context) -> Finding:
         ranks=odd,
         scope=Scope(scope),
         tensor=name,
-        role=context.role_of.get(name),
         num_tensors=len({name for _, name in different}),
         last_equal_step=context.last_equal_step,
         evidence=text,
@@ -141,12 +141,14 @@ def _skew(evidence: Sequence[Evidence], context: Context) -> Finding:
         )
 
     groups = _groups(evidence, place)
+    beginning = all(item.kind is Kind.BEGIN for item in evidence)
     wrong = tuple(e.rank for e in evidence if e.updates != context.expected_updates)
     odd = wrong if 0 < len(wrong) < len(evidence) else _odd(groups, len(evidence))
     return Finding(
-        cause=Cause.STEP_SKEW,
+        # Ranks that begin at different steps loaded different checkpoints, or one loaded none.
+        cause=Cause.INIT_MISMATCH if beginning else Cause.STEP_SKEW,
         step=context.step,
-        ranks=odd,
+        ranks=_odd(groups, len(evidence)) if beginning else odd,
         last_equal_step=context.last_equal_step,
         evidence=f"Ranks are at different places: {_listing(groups)}.",
     )
@@ -270,7 +272,7 @@ def _gradients(
 ) -> Finding:
     names = _different(evidence, Slot.GRADIENTS)
     unlike = _not_scaled_alike(names, evidence)
-    if 0 < len(unlike) <= len(names) / 2:
+    if 0 < len(unlike) < len(names) / 2:
         # One gradient that was not reduced changes the norm that all are clipped by.
         text += f" {len(names) - len(unlike)} others differ by one factor only, as from clipping."
         names = unlike
@@ -279,8 +281,10 @@ def _gradients(
     if 0 < len(zero) < len(evidence):
         ranks = zero
         text += f" On {_named(zero)} the gradient is zero or absent."
+    # Told apart by norms here, and by every element where the gradients are still there.
+    scaled = len(names) > 1 and not unlike and not zero
     return _finding(
-        Cause.GRADIENT_NOT_REDUCED,
+        Cause.GRADIENT_SCALED_DIFFERENTLY if scaled else Cause.GRADIENT_NOT_REDUCED,
         Slot.GRADIENTS,
         names,
         evidence,

@@ -16,6 +16,8 @@ def not_distributed(state: Any, num_processes: int) -> Finding | None:
     `state` is an accelerate `Accelerator` or state; `num_processes` those that exchange checksums.
     """
     rank = int(os.environ.get("RANK", "0"))
+    # accelerate may make a process group and train on each rank alone all the same.
+    num_processes = min(num_processes, int(getattr(state, "num_processes", num_processes)))
     launched = int(os.environ.get("WORLD_SIZE", "1"))
     if launched > 1 and num_processes != launched:
         text = (

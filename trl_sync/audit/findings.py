@@ -209,8 +209,8 @@ class SyncReport:
 class AuditSummary:
     """What the audit did in a run.
 
-    `desyncs` counts audits that found something fatal. `seconds` were spent inside the audit, and
-    are `share_of_step` of the training time.
+    `desyncs` counts audits that found something new and fatal. `seconds` were spent inside the
+    audit, and are `share_of_step` of the training time.
     """
 
     audits: int
@@ -220,7 +220,7 @@ class AuditSummary:
     share_of_step: float
 
     def describe(self) -> str:
-        found = "no desync" if not self.desyncs else f"{self.desyncs} DESYNCS"
+        found = f"{self.desyncs or 'no'} desync{'s' if self.desyncs > 1 else ''}"
         return (
             f"sync audit: {self.audits} audits, {found}, {self.size_bytes / 1e6:,.1f} MB hashed, "
             f"{self.seconds:.2f} s ({self.share_of_step:.2%} of training time)"

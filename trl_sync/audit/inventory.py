@@ -33,12 +33,16 @@ class SyncRole(Protocol):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Role:
-    """One declared role: its parameters, and the modules that run for it."""
+    """One declared role: its parameters, and the modules that run for it, by name.
+
+    `is_separate`: a model of its own that was passed as frozen, rather than part of the model.
+    """
 
     name: str
     trainable: bool
     parameters: tuple[nn.Parameter, ...]
-    modules: tuple[nn.Module, ...]
+    modules: tuple[tuple[str, nn.Module], ...]
+    is_separate: bool
 
 
 @dataclass(slots=True, kw_only=True)
@@ -62,8 +66,8 @@ class NamedTensors:
 class Inventory:
     """The tensors of a model, its optimizer and further modules.
 
-    `modules` are models by role name that are not part of `model`, such as a reference or a reward
-    model. A model that offers `sync_roles()` names its own roles.
+    `modules` are frozen models by role name that are not part of `model`, such as a reference or a
+    reward model, whatever their flags say. A model that offers `sync_roles()` names its own roles.
 
     Walking the modules costs milliseconds, so it is done again only when something was registered
     on a module since, when `requires_grad` changed, or on `refresh(force=True)`.
@@ -107,7 +111,7 @@ class Inventory:
 
     def refresh(self, force: bool = False) -> bool:
         """True if the tensors may be others than before, and were collected again."""
-        if not (force or self._stale or self._requires_grad_changed()):
+        if not (force or self._stale or self._requires_grad() != self._flags):
             return False
         self._stale = False
         before = self._identity() if self.version else None
@@ -186,10 +190,8 @@ class Inventory:
     def _identity(self) -> list[tuple[str, str, int]]:
         return [(s, n, id(t)) for s, tensors in self._scopes() for n, t in tensors.items()]
 
-    def _requires_grad_changed(self) -> bool:
-        return any(p.requires_grad for p in self.frozen.tensors) or not all(
-            p.requires_grad for p in self.trainable.tensors
-        )
+    def _requires_grad(self) -> list[bool]:
+        return [p.requires_grad for p in (*self.trainable.tensors, *self.frozen.tensors)]
 
     def _on_registration(self, module: nn.Module, name: str, value: Any) -> None:
         if id(module) not in self._module_ids:
@@ -213,7 +215,7 @@ class Inventory:
                 reason = unsupported_reason(parameter)
                 if reason is not None:
                     self.unavailable[name] = reason
-                elif parameter.requires_grad:
+                elif parameter.requires_grad and module is self.model:
                     self.trainable.add(name, parameter)
                 else:
                     self.frozen.add(name, parameter)
@@ -224,6 +226,7 @@ class Inventory:
                     self.buffers.add(name, buffer)
         self.roles = list(self._declared_roles())
         self.role_of = self._roles_by_name()
+        self._flags = self._requires_grad()
 
     def _named_modules(self) -> Iterator[tuple[str, nn.Module]]:
         yield "", self.model
@@ -232,19 +235,22 @@ class Inventory:
     def _declared_roles(self) -> Iterator[Role]:
         declare = getattr(self.model, "sync_roles", None)
         declared: Mapping[str, SyncRole] = declare() if callable(declare) else {}
+        names = {id(module): name for name, module in self.model.named_modules()}
         for name, role in declared.items():
             yield Role(
                 name=name,
                 trainable=role.trainable,
                 parameters=tuple(role.parameters),
-                modules=tuple(role.modules),
+                modules=tuple((names.get(id(m), type(m).__name__), m) for m in role.modules),
+                is_separate=False,
             )
         for name, module in self.modules.items():
             yield Role(
                 name=name,
                 trainable=False,
                 parameters=tuple(module.parameters()),
-                modules=tuple(module.modules()),
+                modules=tuple(module.named_modules(prefix=name)),
+                is_separate=True,
             )
 
     def _roles_by_name(self) -> dict[str, str]:

@@ -13,7 +13,15 @@ from trl_sync.audit.diagnose import Context, Evidence, diagnose
 from trl_sync.audit.digest import CPU_ALGORITHM, GPU_ALGORITHM
 from trl_sync.audit.findings import Cause, Finding, Scope, SyncReport
 from trl_sync.audit.inventory import Inventory
-from trl_sync.audit.snapshot import Checksums, Slot, Snapshot, checksum_of, header, read_header
+from trl_sync.audit.snapshot import (
+    Checksums,
+    Kind,
+    Slot,
+    Snapshot,
+    checksum_of,
+    header,
+    read_header,
+)
 from trl_sync.audit.snapshotter import History, Snapshotter
 
 _ALGORITHM_NAME = f"{CPU_ALGORITHM}, {GPU_ALGORITHM}, trl_sync {__version__}"
@@ -65,7 +73,9 @@ class Judge:
             seconds=time.perf_counter() - started_s,
             still_parted=bool(counters or slots - {Slot.BUFFERS}),
         )
-        self.note_outcome(report.step, equal=report.equal)
+        # A slice that is equal does not make up for another one that was not.
+        whole = snapshot.kind in (Kind.BEGIN, Kind.FULL)
+        self.note_outcome(report.step, equal=report.equal and (self.was_equal or whole))
         return report, history
 
     def note_outcome(self, step: int, *, equal: bool) -> None:
@@ -97,24 +107,32 @@ class Judge:
             updates=snapshot.updates,
             audit=snapshot.audit,
             algorithm=_ALGORITHM_NAME,
+            last_equal_step=self.last_equal_step,
             schema=tuple(self._inventory.schema()) if "schema" in counters else (),
             digests={slot: checksums.by_name(slot) for slot in slots},
             edited=history.edited,
             added=history.added,
             unmoved=history.unmoved,
-            gradient_norms=self._snapshotter.gradient_norms() if differing else {},
+            gradient_norms=self._snapshotter.gradient_norms(snapshot) if differing else {},
             learning_rates=tuple(sorted(set(self._inventory.learning_rates().values()))),
             local=tuple(snapshot.local),
         )
+        evidence = self._comparison.gather(own)
+        known = [e.last_equal_step for e in evidence if e.last_equal_step is not None]
         context = Context(
-            step=snapshot.step,
+            step=min(e.step for e in evidence),
             expected_updates=self._expected_updates,
-            last_equal_step=self.last_equal_step,
+            last_equal_step=min(known) if len(known) == len(evidence) else None,
             was_equal=self.was_equal,
             role_of=self._inventory.role_of,
         )
-        findings = diagnose(self._comparison.gather(own), counters, slots, context)
-        return tuple(self._localized(finding) for finding in findings)
+        findings = diagnose(evidence, counters, slots, context)
+        late = snapshot.gradient_norms is not None
+        return tuple(
+            # Of gradients that are gone by now only the norms are known.
+            finding if late and finding.scope is Scope.GRADIENTS else self._localized(finding)
+            for finding in findings
+        )
 
     def _localized(self, finding: Finding) -> Finding:
         """`finding` with the first element that differs, if ranks hold different bytes."""
@@ -126,8 +144,9 @@ class Judge:
         if difference is None:
             return finding
         cause = finding.cause
-        if cause is Cause.GRADIENT_NOT_REDUCED and difference.factor is not None:
-            cause = Cause.GRADIENT_SCALED_DIFFERENTLY
+        if finding.scope is Scope.GRADIENTS:
+            scaled = difference.factor is not None
+            cause = Cause.GRADIENT_SCALED_DIFFERENTLY if scaled else Cause.GRADIENT_NOT_REDUCED
         return replace(finding, difference=difference, cause=cause)
 
     def _tensor(self, scope: Scope, name: str) -> Tensor | None:

@@ -12,6 +12,7 @@ from torch import Tensor
 UPDATES = 3
 # Adam divides by |g| + 1e-8: far above that its update is about the learning rate.
 CLEAR_GRADIENT = 1e-6
+PIECE = 1 << 17
 
 
 class Motion(Enum):
@@ -79,14 +80,20 @@ def expected_motion(parameter: Tensor, learning_rate: float) -> Motion:
     16-bit one stands still by underflow, and one of full precision says nothing.
     """
     gradient = parameter.grad
-    if gradient is None or learning_rate <= 0.0 or not parameter.dtype.is_floating_point:
+    if gradient is None or gradient.is_sparse or learning_rate <= 0.0:
         return Motion.NOTHING
+    if not parameter.dtype.is_floating_point:
+        return Motion.NOTHING
+    number = torch.finfo(parameter.dtype)
+    is_clear = False
     with torch.no_grad():
-        size = gradient.detach().abs().float()
-        clear_mask = size > CLEAR_GRADIENT
-        step = learning_rate * size.clamp(max=1.0)
-        resolution = 4 * torch.finfo(parameter.dtype).eps * parameter.detach().abs().float()
-        if bool((clear_mask & (step > resolution)).any()):
-            return Motion.MOVE
-        sixteen_bits = torch.finfo(parameter.dtype).bits == 16
-        return Motion.UNDERFLOW if sixteen_bits and bool(clear_mask.any()) else Motion.NOTHING
+        # In pieces: a whole embedding would need several temporaries of its size.
+        pieces = (gradient.detach().reshape(-1), parameter.detach().reshape(-1))
+        for slope, value in zip(*(whole.split(PIECE) for whole in pieces), strict=True):
+            size = slope.abs().float()
+            clear_mask = size > CLEAR_GRADIENT
+            step = learning_rate * size.clamp(max=1.0)
+            if bool((clear_mask & (step > 4 * number.eps * value.abs().float())).any()):
+                return Motion.MOVE
+            is_clear = is_clear or bool(clear_mask.any())
+    return Motion.UNDERFLOW if is_clear and number.bits == 16 else Motion.NOTHING

@@ -82,4 +82,4 @@ def _max_abs_difference(tensor: Tensor, reference: Tensor) -> float:
     if tensor.dtype.is_complex:
         return float((tensor.to(torch.complex128) - reference.to(torch.complex128)).abs().max())
     difference = (tensor.double() - reference.double()).abs()
-    return float(difference.nan_to_num(nan=float("inf")).max())
+    return float(difference.nan_to_num(nan=float("inf"), posinf=float("inf")).max())

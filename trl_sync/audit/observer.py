@@ -8,7 +8,7 @@ import logging
 import os
 import socket
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -91,15 +91,15 @@ class RankObserver:
         self._warn_of_pauses(now_s)
         return (
             find_verdict(self._sightings, states)
-            or self.find_dead()
+            or self.find_dead(state)
             or find_silent(self._others_sightings(), now_s=now_s, timeout_s=self._timeout_s)
             or find_lagging(self._sightings, now_s=now_s, timeout_s=self._timeout_s)
         )
 
-    def find_dead(self) -> MissingRanks | None:
+    def find_dead(self, state: RankState) -> MissingRanks | None:
         """The ranks of this host whose process is gone and that had not ended their watch.
 
-        If one of them ended because of a verdict of its own, that one.
+        If one of them ended because of a verdict of its own, that one. `state` is this rank's own.
         """
         # The processes come first: a launcher ends the survivors a tenth of a second after a death.
         dead = self._dead_processes()
@@ -117,13 +117,24 @@ class RankObserver:
         if not dead:
             return None
         reason = "the process is gone" if len(dead) == 1 else "their processes are gone"
-        return gone(self._sightings, dead, now_s=self._watched_s, reason=reason)
+        sightings = self._with_states(latest | {self._rank: state})
+        return gone(sightings, dead, now_s=self._watched_s, reason=reason)
 
-    def without_store(self) -> MissingRanks | None:
+    def _with_states(self, states: Mapping[int, RankState | None]) -> dict[int, Sighting]:
+        """The sightings with newer `states`, for a message."""
+        sightings = dict(self._sightings)
+        for rank, state in states.items():
+            known = sightings.get(rank)
+            if state is not None:
+                heard_s = self._watched_s if known is None else known.heard_s
+                sightings[rank] = Sighting(state=state, heard_s=heard_s, awaited_since_s=None)
+        return sightings
+
+    def without_store(self, state: RankState) -> MissingRanks | None:
         """Who is missing when `exchange` failed; reconnects where the store still answers."""
         if self._failing_since_s is None:
             self._failing_since_s = self._asked_s
-        dead = self.find_dead()
+        dead = self.find_dead(state)
         if dead is not None:
             return dead
         patience_s = self._timeout_s

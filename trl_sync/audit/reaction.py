@@ -44,7 +44,6 @@ class Reaction:
             if not finding.fatal:
                 self.warn_once(finding)
         if not report.fatal:
-            self.num_desyncs += not report.equal
             self._write_audit(report)
             return False
         self.num_desyncs += 1

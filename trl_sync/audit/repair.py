@@ -59,7 +59,7 @@ def repair(
         for _, tensor in tensors.items():
             comparison.broadcast(tensor, source)
     _copy_optimizer(comparison, inventory, source)
-    snapshotter.forget_trainable()
+    snapshotter.forget()
     _check(comparison, inventory, report)
 
 
@@ -81,14 +81,18 @@ def _copy_optimizer(comparison: Comparison, inventory: Inventory, source: int) -
     optimizer = torch_optimizer(inventory.optimizer)
     own = [
         {
-            "options": {k: v for k, v in group.items() if k != "params" and _travels(v)},
+            "options": {k: _plain(v) for k, v in group.items() if k != "params" and _travels(v)},
             "state": [_form(optimizer.state.get(p, {})) for p in group["params"]],
         }
         for group in optimizer.param_groups
     ]
     wanted = comparison.gather(own)[source]
     for group, other in zip(optimizer.param_groups, wanted, strict=True):
-        group.update(other["options"])
+        for name, value in other["options"].items():
+            if isinstance(group.get(name), Tensor):  # a learning rate that a captured graph reads
+                group[name].fill_(value)
+            else:
+                group[name] = value
         for parameter, form in zip(group["params"], other["state"], strict=True):
             _copy_state(comparison, optimizer, parameter, form, source)
 
@@ -132,7 +136,12 @@ def _form(state: dict[str, Any]) -> dict[str, Any]:
 
 
 def _travels(value: Any) -> bool:
-    return isinstance(value, int | float | bool | str | tuple | type(None))
+    number = isinstance(value, Tensor) and value.numel() == 1
+    return number or isinstance(value, int | float | bool | str | tuple | type(None))
+
+
+def _plain(value: Any) -> Any:
+    return value.item() if isinstance(value, Tensor) else value
 
 
 def _check(comparison: Comparison, inventory: Inventory, report: SyncReport) -> None:

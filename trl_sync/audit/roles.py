@@ -37,7 +37,7 @@ class RoleWatch:
 
     def __init__(self) -> None:
         self._handles: list[Any] = []
-        self._active: dict[tuple[str, str], None] = {}
+        self._active: dict[tuple[str, str, str], None] = {}
 
     def listen(self, inventory: Inventory) -> None:
         """Listens to the frozen roles of `inventory`, and to nothing else."""
@@ -45,9 +45,9 @@ class RoleWatch:
         for role in inventory.roles:
             if role.trainable:
                 continue
-            for module in role.modules:
+            for name, module in role.modules:
                 if _depends_on_mode(module):
-                    handle = module.register_forward_pre_hook(self._note(role.name))
+                    handle = module.register_forward_pre_hook(self._note(role.name, name))
                     self._handles.append(handle)
 
     def close(self) -> None:
@@ -61,24 +61,25 @@ class RoleWatch:
         if not self._active:
             return []
         active, self._active = self._active, {}
-        by_role: dict[str, list[str]] = {}
-        for role, what in active:
-            by_role.setdefault(role, []).append(what)
+        by_role: dict[str, list[tuple[str, str]]] = {}
+        for role, name, what in sorted(active):
+            by_role.setdefault(role, []).append((name, what))
         return [
             LocalFinding(
                 cause=Cause.ROLE_VIOLATION,
                 scope=Scope.ROLES,
+                tensors=tuple(name for name, _ in found),
                 role=role,
-                evidence=f"The frozen role {role} ran in training mode with {', '.join(found)}.",
+                evidence=f"The frozen role {role} ran in training mode: {found[0][1]}.",
             )
             for role, found in by_role.items()
         ]
 
-    def _note(self, role: str) -> Any:
+    def _note(self, role: str, name: str) -> Any:
         def before_forward(module: nn.Module, args: Any) -> None:
             what = active_randomness(module)
             if what is not None:
-                self._active[role, what] = None
+                self._active[role, name, what] = None
 
         return before_forward
 
@@ -123,12 +124,13 @@ def _frozen_roles_that_train(inventory: Inventory) -> Iterator[LocalFinding]:
     names = {id(p): name for name, p in inventory.trainable.items()}
     names |= {id(p): name for name, p in inventory.frozen.items()}
     for role in inventory.roles:
-        if role.trainable:
-            continue
-        known = [p for p in role.parameters if id(p) in names]
-        for reason, broken in (
-            ("requires_grad=True", [p for p in known if p.requires_grad]),
-            ("a place in the optimizer", [p for p in known if id(p) in optimized]),
+        known = [] if role.trainable else [p for p in role.parameters if id(p) in names]
+        flagged = [p for p in known if p.requires_grad]
+        for reason, broken, fatal in (
+            ("a place in the optimizer", [p for p in known if id(p) in optimized], True),
+            ("a gradient", [p for p in known if p.grad is not None], True),
+            # Some trainers leave the flag of their reference on, and run it without gradients.
+            ("requires_grad=True", flagged, not role.is_separate),
         ):
             if broken:
                 yield LocalFinding(
@@ -137,6 +139,7 @@ def _frozen_roles_that_train(inventory: Inventory) -> Iterator[LocalFinding]:
                     tensors=tuple(names[id(p)] for p in broken),
                     role=role.name,
                     evidence=f"The frozen role {role.name} has parameters with {reason}.",
+                    fatal=fatal,
                 )
                 break
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from enum import IntEnum, StrEnum
 
 import xxhash
+from torch import Tensor
 
 from trl_sync.audit.baseline import SliceChecksums
 from trl_sync.audit.digest import PendingDigests, combine
@@ -58,7 +59,7 @@ class Snapshot:
     """What one audit of this rank has gathered, before it is compared.
 
     `updates` counts real optimizer steps since the last audit. `expected` is what liveness expects
-    of the update.
+    of the update. `gradient_norms` are kept only where the verdict comes late.
     """
 
     kind: Kind
@@ -68,6 +69,7 @@ class Snapshot:
     taken: dict[Slot, Taken] = field(default_factory=dict)
     frozen: SliceChecksums | None = None
     expected: Mapping[str, Motion] = field(default_factory=dict)
+    gradient_norms: Sequence[Tensor | None] | None = None
     local: list[LocalFinding] = field(default_factory=list)
 
     @property

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from trl_sync.audit.baseline import FrozenBaseline, Piece
+from trl_sync.audit.baseline import FrozenBaseline
 from trl_sync.audit.config import AuditConfig
 from trl_sync.audit.diagnose import BATCH_STATISTICS
 from trl_sync.audit.digest import Digester
@@ -36,6 +36,7 @@ class History:
 class _BeforeUpdate:
     taken: dict[Slot, Taken] = field(default_factory=dict)
     expected: dict[str, Motion] = field(default_factory=dict)
+    gradient_norms: list[Tensor | None] | None = None
 
 
 class Snapshotter:
@@ -56,9 +57,12 @@ class Snapshotter:
         self._num_audits = 0
         self._last: tuple[Sequence[str], list[bytes]] | None = None
         self._known_version = -1
+        self._tensors_replaced = False
         self._optimizer_size = -1
         self._underflowed: set[str] = set()
         self.declared_sync: str | None = None
+        # A verdict that comes late finds other gradients in their place.
+        self.keeps_gradient_norms = False
 
     def close(self) -> None:
         """Removes every hook."""
@@ -76,7 +80,10 @@ class Snapshotter:
                 trainable.names, trainable.tensors, inventory.learning_rates
             )
         if Scope.GRADIENTS in self._scopes:
-            self._take(self._before.taken, Slot.GRADIENTS, trainable.names, inventory.gradients())
+            gradients = inventory.gradients()
+            self._take(self._before.taken, Slot.GRADIENTS, trainable.names, gradients)
+            if self.keeps_gradient_norms:
+                self._before.gradient_norms = _norms(gradients)
 
     def after_update(self, step: int, audit: int, updates: int) -> Snapshot:
         """The updated parameters and the next slice of the frozen state."""
@@ -87,6 +94,7 @@ class Snapshotter:
             updates=updates,
             taken=self._before.taken,
             expected=self._before.expected,
+            gradient_norms=self._before.gradient_norms,
         )
         self._before = _BeforeUpdate()
         self._num_audits += 1
@@ -131,22 +139,27 @@ class Snapshotter:
             self._last = (names[newest], digests[newest])
         return checksums, history
 
-    def forget_trainable(self) -> None:
-        """The parameters were set from outside: the next comparison with the past is void."""
+    def forget(self) -> None:
+        """State was set from outside: comparisons with the past are void."""
         self._last = None
+        self.baseline.forget()
 
-    def gradient_norms(self) -> dict[str, float]:
+    def gradient_norms(self, snapshot: Snapshot) -> dict[str, float]:
         """The norm of each gradient, 0.0 where there is none; asked when something differs."""
-        return {
-            name: 0.0 if p.grad is None else float(p.grad.detach().double().norm())
-            for name, p in self.inventory.trainable.items()
-        }
+        names = self.inventory.trainable.names
+        if snapshot.gradient_norms is not None:
+            kept = [0.0 if norm is None else float(norm) for norm in snapshot.gradient_norms]
+            return dict(zip(names, kept, strict=False))
+        gradients = self.inventory.gradients()
+        norms = [0.0 if g is None else float(g.detach().double().norm()) for g in gradients]
+        return dict(zip(names, norms, strict=True))
 
     def _follow_inventory(self, force: bool = False) -> None:
         self.inventory.refresh(force)
         if self.inventory.version != self._known_version:
             self._known_version = self.inventory.version
             self.baseline.cut(self.inventory)
+            self._tensors_replaced = True
             self._digesters = {}
             if Scope.ROLES in self._scopes:
                 self._roles.listen(self.inventory)
@@ -204,24 +217,20 @@ class Snapshotter:
             ]
             checksums.names[slot] = [label for label, _ in chosen]
             checksums.digests[slot] = [digest for _, digest in chosen]
-        changed = self.baseline.compare(pieces, digests)
-        if changed and self.declared_sync is not None:
-            changed, pieces = self._accept_all(snapshot.step)
-        if changed:
-            snapshot.local += self._moved(changed, len(pieces), snapshot)
+        # Replaced tensors are all looked at now, by this rank for itself: the slices of the ranks
+        # must stay in step.
+        if self.baseline.compare(pieces, digests) or self._tensors_replaced:
+            snapshot.local += self._moved(snapshot)
 
-    def _accept_all(self, step: int) -> tuple[list[Piece], tuple[Piece, ...]]:
-        """What moved of the whole frozen state, and all its pieces; they are the new baseline."""
-        everything = self.baseline.start_all(step)
+    def _moved(self, snapshot: Snapshot) -> list[LocalFinding]:
+        """What moved of the whole frozen state, now that a slice did; if declared, from here on."""
+        self._tensors_replaced = False
+        everything = self.baseline.start_all(snapshot.step)
         assert everything is not None
-        digests = everything.pending.result()
+        digests, num_pieces = everything.pending.result(), len(everything.pieces)
         changed = self.baseline.compare(everything.pieces, digests)
-        self.baseline.accept(everything.pieces, digests)
-        return changed, everything.pieces
-
-    def _moved(
-        self, changed: Sequence[Piece], num_pieces: int, snapshot: Snapshot
-    ) -> list[LocalFinding]:
+        if self.declared_sync is not None:
+            self.baseline.accept(everything.pieces, digests)
         findings = []
         for scope, cause in (
             (Scope.FROZEN, Cause.FROZEN_CHANGED),
@@ -305,6 +314,14 @@ class Snapshotter:
                 )
             )
         return findings
+
+
+def _norms(gradients: Sequence[Tensor | None]) -> list[Tensor | None]:
+    """The norm of each gradient, on its device and without waiting for it."""
+    present = [g.detach() for g in gradients if g is not None]
+    # The kernel that torch's own gradient clipping uses; it has no public name (torch 2.13).
+    norms = iter(torch._foreach_norm(present) if present else ())
+    return [None if g is None else next(norms) for g in gradients]
 
 
 def _without_batch_statistics(buffers: NamedTensors) -> NamedTensors:

@@ -45,7 +45,11 @@ def byte_array(address: int, size_bytes: int) -> Any:
     Made in 0.3 us, for every dtype; a NumPy view takes 2 to 11 us and knows no bfloat16.
     """
     # An empty tensor's address may be 0, and the buffer protocol wants none there.
-    return (ctypes.c_ubyte * size_bytes).from_address(address) if size_bytes else bytearray()
+    return (
+        (ctypes.c_ubyte * size_bytes).from_address(address)
+        if size_bytes
+        else (ctypes.c_ubyte * 0)()
+    )
 
 
 def pieces(tensor: Tensor, byte_range: tuple[int, int] | None = None) -> list[Piece]:

@@ -137,6 +137,12 @@ class ProgressWatch:
         """Ends the watch, within two seconds; the other ranks judge this one no longer."""
         self._end("stopped")
 
+    @property
+    def step(self) -> int:
+        """The update this rank is in: the next one once the last is audited."""
+        step, phase, _ = self._position
+        return max(step + (phase == Phase.AUDITED), 1)
+
     def advance(self, step: int, phase: Phase) -> None:
         """Says where training is; costs one attribute write."""
         self._position = (step, phase, 0)
@@ -171,7 +177,7 @@ class ProgressWatch:
         """Who on this host is dead right now, e.g. after a collective said that a peer left."""
         if self._observer is None or not self._is_own_process():
             return None
-        return self._observer.find_dead()
+        return self._observer.find_dead(self._state())
 
     def report(self, missing: MissingRanks) -> None:
         """Hands `missing` to `on_missing`, unless an earlier verdict was."""
@@ -244,7 +250,7 @@ class ProgressWatch:
             except RuntimeError:
                 if self._wake.is_set():
                     return None
-                missing = observer.without_store()
+                missing = observer.without_store(self._state())
                 pause_s = min(0.25, self.poll_s)
             if missing is not None:
                 return missing
