@@ -125,8 +125,10 @@ def launch(cause: str, port: int, deadline_s: float = 60.0) -> list[tuple[int, s
 
 def message_in(stderr: str) -> str:
     """The audit's message in what a process wrote, from its step to the link."""
-    found = re.search(r"(?:DesyncError: )?(step \d+, .*?See docs/errors\.md#\w+)", stderr, re.S)
-    return found[1] if found else stderr
+    # torch puts the rank before each line of a traceback.
+    text = re.sub(r"^\[rank\d\]: ", "", stderr, flags=re.MULTILINE)
+    found = re.search(r"step \d+, .*?See docs/errors\.md#\w+", text, re.DOTALL)
+    return found[0] if found else text
 
 
 def main() -> None:

@@ -134,6 +134,11 @@ class SyncAuditor:
         self.begin()
         self._snapshotter.declared_sync = reason
 
+    def expect_edits(self) -> None:
+        """The trainable parameters have been set on purpose since the last update, on all ranks."""
+        self.begin()
+        self._snapshotter.forget_parameters()
+
     def check(self, step: int | None = None) -> SyncReport:
         """Audits everything as it is now, all of the frozen state included. Collective.
 

@@ -98,6 +98,8 @@ class SyncAuditCallback(TrainerCallback):
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self._pause("training to end")
+        if args.load_best_model_at_end:
+            self.auditor.expect_edits()
         self._summary = self.auditor.finish()
         if self.auditor.is_main_process:
             print(self._summary.describe(), flush=True)

@@ -72,8 +72,7 @@ ADVICE = {
     "under a condition?",
     Cause.STEP_SKEW: "Ranks must take the same optimizer steps: is one taken under a condition, or "
     "do ranks have different numbers of batches?",
-    Cause.RANK_MISSING: "Look at that rank's own log: was it killed for memory, or does it wait "
-    "for something?",
+    Cause.RANK_MISSING: "",  # the evidence says what to do
     Cause.MANIFEST_MISMATCH: "The state is not the one that was saved.",
     Cause.NOT_DISTRIBUTED: "Every rank trains alone and nothing is averaged.",
     Cause.BUFFERS_DIFFER: "Harmless for statistics that each rank gathers for itself.",

@@ -139,9 +139,13 @@ class Snapshotter:
             self._last = (names[newest], digests[newest])
         return checksums, history
 
-    def forget(self) -> None:
-        """State was set from outside: comparisons with the past are void."""
+    def forget_parameters(self) -> None:
+        """The trainable parameters were set on purpose: what they were before says nothing."""
         self._last = None
+
+    def forget(self) -> None:
+        """All state was set on purpose: comparisons with the past are void."""
+        self.forget_parameters()
         self.baseline.forget()
 
     def gradient_norms(self, snapshot: Snapshot) -> dict[str, float]:
