@@ -112,3 +112,36 @@ def test_nothing_frozen() -> None:
     assert baseline.start_next(0) is None
     assert baseline.start_all(0) is None
     inventory.close()
+
+
+def test_another_size_under_the_same_name_is_a_change() -> None:
+    model = nn.ModuleDict({"base": frozen((16, 16), (4,)), "adapter": frozen((3,))})
+    inventory = Inventory(model)
+    baseline = FrozenBaseline(1, SCOPES)
+    baseline.cut(inventory)
+    assert baseline.reshaped == []
+    model["base"][0] = nn.Parameter(torch.zeros(16, 8), requires_grad=False)
+    del model["adapter"]
+    model["other"] = frozen((3,))
+    inventory.refresh(force=True)
+    baseline.cut(inventory)
+    # What only comes or goes, as a frozen adapter may, is none.
+    assert [piece.label for piece in baseline.reshaped] == ["base.0[0:512]"]
+    inventory.close()
+
+
+def test_a_quantization_state_of_other_parts_is_a_change() -> None:
+    from bitsandbytes.nn import Linear4bit
+
+    layers = [
+        Linear4bit(64, 64, bias=False, quant_type="nf4", compress_statistics=nested).to("cpu")
+        for nested in (True, False)
+    ]
+    inventory = Inventory(nn.Sequential(layers[0]))
+    baseline = FrozenBaseline(1, SCOPES)
+    baseline.cut(inventory)
+    layers[0].weight.quant_state = layers[1].weight.quant_state
+    assert inventory.refresh()
+    baseline.cut(inventory)
+    assert [piece.scope for piece in baseline.reshaped] == [Scope.QUANTIZATION]
+    inventory.close()

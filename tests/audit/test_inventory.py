@@ -166,3 +166,16 @@ def test_roles_that_a_model_declares(tmp_path: Path) -> None:
     assert by_role == {"policy": 28, "value": 30, "reference": 21, "reward": 21}
     assert inventory.tensors_of(Scope.ROLES) is None
     inventory.close()
+
+
+def test_a_quantization_state_that_is_set_anew_is_followed() -> None:
+    from bitsandbytes.nn import Linear4bit
+
+    layer = Linear4bit(64, 64, bias=False, quant_type="nf4", compress_statistics=True).to("cpu")
+    inventory = Inventory(nn.Sequential(layer))
+    assert not inventory.refresh()
+    layer.weight.quant_state.absmax = layer.weight.quant_state.absmax.clone()
+    assert inventory.refresh()
+    found = dict(inventory.quantization.items())
+    assert found["0.weight.absmax"] is layer.weight.quant_state.absmax
+    inventory.close()

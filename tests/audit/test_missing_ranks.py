@@ -245,14 +245,14 @@ def test_a_process_that_is_gone_and_one_that_is_a_zombie() -> None:
         process.kill()
         deadline = time.monotonic() + DEATH_S
         # Not waited for, it stays as a zombie.
-        while observer.find_dead() is None and time.monotonic() < deadline:
+        while observer.find_dead(state(0)) is None and time.monotonic() < deadline:
             time.sleep(0.01)
-        missing = observer.find_dead()
+        missing = observer.find_dead(state(0))
         assert missing is not None
         assert missing.ranks == (1,)
-    assert observer.find_dead() is not None
+    assert observer.find_dead(state(0)) is not None
     other.publish(replace(theirs, ended="stopped"))
-    assert observer.find_dead() is None
+    assert observer.find_dead(state(0)) is None
 
 
 def test_a_process_of_another_machine_is_not_looked_up() -> None:

@@ -171,6 +171,7 @@ class SyncAuditor:
                 self._open()
                 snapshot = self._snapshotter.full(Kind.BEGIN, step, self._next_audit(), 0)
                 self._settle(snapshot)
+                self.watch.advance(step, Phase.AUDITED)
             except BaseException:
                 self.detach()
                 raise

@@ -64,6 +64,8 @@ class FrozenBaseline:
         self._slices: list[_Slice] = []
         self._next = 0
         self._baseline: dict[Piece, bytes] = {}
+        # Tensors that now have other bytes in number, and weights with other quantization state.
+        self.reshaped: list[Piece] = []
 
     def cut(self, inventory: Inventory) -> None:
         """Divides the frozen state of `inventory`; call it when the inventory's version moved."""
@@ -87,6 +89,7 @@ class FrozenBaseline:
             )
             done += piece.size_bytes
         before = [piece for part in self._slices for piece in part.pieces]
+        self.reshaped += _reshaped(before, [piece for piece, _ in pieces])
         self._slices = [_slice(members) for members in slices.values()]
         present = {piece: None for piece, _ in pieces}
         if list(present) != before:
@@ -148,6 +151,23 @@ class FrozenBaseline:
             for piece in part.pieces
             if name is None or piece.name == name
         )
+
+
+def _reshaped(before: Sequence[Piece], after: Sequence[Piece]) -> list[Piece]:
+    """The first new piece of each tensor, or quantized weight, that is there before and after but
+    made of other pieces. Tensors that only come or go, such as a frozen adapter, are none.
+    """
+    old, new = _by_owner(before), _by_owner(after)
+    return [new[owner][0] for owner in new if owner in old and old[owner] != new[owner]]
+
+
+def _by_owner(pieces: Sequence[Piece]) -> dict[tuple[Scope, str], list[Piece]]:
+    owners: dict[tuple[Scope, str], list[Piece]] = {}
+    for piece in pieces:
+        quantized = piece.scope is Scope.QUANTIZATION
+        owner = piece.name.rpartition(".")[0] if quantized else piece.name
+        owners.setdefault((piece.scope, owner), []).append(piece)
+    return owners
 
 
 def _pieces(scope: Scope, name: str, size_bytes: int) -> list[Piece]:

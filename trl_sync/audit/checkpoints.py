@@ -91,7 +91,7 @@ def verify_resumed(auditor: SyncAuditor, args: Any, step: int) -> None:
                 cause=Cause.MANIFEST_MISMATCH,
                 step=step,
                 ranks=ranks,
-                tensor=everyone[ranks[0]][0],
+                tensor=everyone[ranks[0]][0] or None,
                 evidence=everyone[ranks[0]][1],
             )
         )
@@ -125,4 +125,4 @@ def _problems(auditor: SyncAuditor, folder: Path) -> list[str]:
         problems += check_files(folder, manifest)
     if not problems:
         return []
-    return [problems[0].name or problems[0].place, f"{folder}: {describe(problems)}"]
+    return [problems[0].name or "", f"{folder}: {describe(problems)}."]

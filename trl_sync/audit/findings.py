@@ -62,8 +62,7 @@ ADVICE = {
     Cause.FROZEN_CHANGED: "Frozen tensors must never move: was an adapter merged and unmerged, or "
     "the base written to?",
     Cause.QUANTIZATION_CHANGED: "Was the weight quantized again, or an adapter merged into it?",
-    Cause.NEVER_UPDATED: "It has gradients and a learning rate but stays where it is: does the "
-    "optimizer hold another copy of it?",
+    Cause.NEVER_UPDATED: "Does the optimizer hold another copy of it?",
     Cause.NOT_IN_OPTIMIZER: "It requires gradients but nothing updates it: was it added or "
     "unfrozen after the optimizer was made?",
     Cause.ROLE_VIOLATION: "Call .eval() and .requires_grad_(False) on the frozen model and keep "
@@ -75,7 +74,7 @@ ADVICE = {
     Cause.RANK_MISSING: "",  # the evidence says what to do
     Cause.MANIFEST_MISMATCH: "The state is not the one that was saved.",
     Cause.NOT_DISTRIBUTED: "Every rank trains alone and nothing is averaged.",
-    Cause.BUFFERS_DIFFER: "Harmless for statistics that each rank gathers for itself.",
+    Cause.BUFFERS_DIFFER: "",  # a warning
 }
 
 
@@ -133,7 +132,8 @@ class Finding:
     def describe(self) -> str:
         """The message: where, who holds what, since when, why, and what to try."""
         kind = "" if self.fatal else "warning: "
-        lines = [f"{kind}step {self.step}, {self._where()}: {self._who()}{self._since()}."]
+        first = f"{kind}step {self.step}, {self._where()}: {self._who()}{self._since()}"
+        lines = [first if first.endswith("...") else f"{first}."]
         if self.num_tensors > 1:
             lines.append(f"{self.num_tensors - 1} more tensor(s) with the same cause.")
         if self.difference is not None:

@@ -111,7 +111,7 @@ class Inventory:
 
     def refresh(self, force: bool = False) -> bool:
         """True if the tensors may be others than before, and were collected again."""
-        if not (force or self._stale or self._requires_grad() != self._flags):
+        if not (force or self._stale or self._flags_or_states_changed()):
             return False
         self._stale = False
         before = self._identity() if self.version else None
@@ -193,6 +193,14 @@ class Inventory:
     def _requires_grad(self) -> list[bool]:
         return [p.requires_grad for p in (*self.trainable.tensors, *self.frozen.tensors)]
 
+    def _flags_or_states_changed(self) -> bool:
+        return self._requires_grad() != self._flags or self._states() != self._known_states
+
+    def _states(self) -> list[tuple[int, int]]:
+        """The quantization states by identity: setting another one is announced by nobody."""
+        states = [parameter.quant_state for parameter in self._quantized]
+        return [(id(state), id(getattr(state, "absmax", None))) for state in states]
+
     def _on_registration(self, module: nn.Module, name: str, value: Any) -> None:
         if id(module) not in self._module_ids:
             return
@@ -227,6 +235,9 @@ class Inventory:
         self.roles = list(self._declared_roles())
         self.role_of = self._roles_by_name()
         self._flags = self._requires_grad()
+        frozen: Iterable[Any] = self.frozen.tensors
+        self._quantized = [p for p in frozen if getattr(p, "quant_state", None) is not None]
+        self._known_states = self._states()
 
     def _named_modules(self) -> Iterator[tuple[str, nn.Module]]:
         yield "", self.model

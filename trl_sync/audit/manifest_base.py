@@ -134,10 +134,10 @@ def summarize_base(problems: Sequence[Problem], total: int) -> list[Problem]:
     first = problems[0]
     detail = (
         "the base is another model or was quantized differently: "
-        f"{len(names)} of {total} {first.place} tensors differ, first {first.name} "
+        f"{len(names)} of {total} {first.place} tensors differ, this one first "
         f"({first.kind}: {first.detail})"
     )
-    return [Problem(kind="another_base", place=first.place, name=None, detail=detail)]
+    return [Problem(kind="another_base", place=first.place, name=first.name, detail=detail)]
 
 
 def _base_tensors(folder: Path) -> dict[str, Path]:

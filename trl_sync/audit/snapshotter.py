@@ -233,6 +233,8 @@ class Snapshotter:
         assert everything is not None
         digests, num_pieces = everything.pending.result(), len(everything.pieces)
         changed = self.baseline.compare(everything.pieces, digests)
+        changed += [piece for piece in self.baseline.reshaped if piece not in changed]
+        self.baseline.reshaped = []
         if self.declared_sync is not None:
             self.baseline.accept(everything.pieces, digests)
         findings = []
