@@ -192,7 +192,7 @@ def test_the_list_has_every_fault_with_its_cause(call: Call) -> None:
 def test_a_cause_stands_for_its_first_fault() -> None:
     found = demo.find_fault("frozen_changed")
     assert found is not None
-    assert found.name == "base_byte_changed"
+    assert found.name == "adapter_merged"
     assert demo.find_fault("none") is None
 
 

@@ -36,7 +36,7 @@ class Fault:
 
 
 def _matrix() -> dict[str, Fault]:
-    faults = [*_one_rank(), *_all_ranks(), *_structure(), *_processes(), *_checkpoints()]
+    faults = [*_all_ranks(), *_one_rank(), *_structure(), *_processes(), *_checkpoints()]
     return {fault.name: fault for fault in faults}
 
 
