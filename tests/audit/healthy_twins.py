@@ -48,14 +48,16 @@ def train(
     between_steps: Callable[[int, Any], None] = lambda step, auditor: None,
     modules: dict[str, nn.Module] | None = None,
     declared: str | None = None,
+    find_unused_parameters: bool = False,
     **options: Any,
 ) -> dict[str, Any]:
     """Plain training with the audit attached; gradients are reduced in the last micro-batch."""
-    from accelerate import Accelerator
+    from accelerate import Accelerator, DistributedDataParallelKwargs
 
     from trl_sync import SyncAuditor
 
-    accelerator = Accelerator(cpu=True)
+    unused = DistributedDataParallelKwargs(find_unused_parameters=find_unused_parameters)
+    accelerator = Accelerator(cpu=True, kwargs_handlers=[unused])
     torch.manual_seed(7)
     optimizer: Any = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad])
     wrapped, optimizer = accelerator.prepare(model, optimizer)
@@ -173,6 +175,49 @@ def evaluation_and_random_numbers(steps: int) -> dict[str, Any]:
     return train(nn.Linear(FEATURES, 4), steps, between_steps=evaluate)
 
 
+class Conditional(nn.Module):
+    """Its last parameters are used on rank 1 only, and there now and then."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = nn.Linear(FEATURES, 4)
+        self.extra = nn.Linear(FEATURES, 4)
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        outputs = self.body(inputs)
+        if torch.distributed.get_rank() == 1 and float(inputs[0, 0]) > 0:
+            outputs = outputs + self.extra(inputs)
+        return outputs
+
+
+def parameters_used_on_one_rank(steps: int) -> dict[str, Any]:
+    return train(Conditional(), steps, find_unused_parameters=True)
+
+
+class LongestMask(nn.Module):
+    """Keeps a buffer as long as the longest batch this rank has seen."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = nn.Linear(FEATURES, 4)
+        self.register_buffer("mask", torch.ones(1), persistent=False)
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        if len(inputs) > len(self.mask):
+            self.register_buffer("mask", torch.ones(len(inputs)), persistent=False)
+        return self.body(inputs) * self.mask[: len(inputs), None]
+
+
+def buffers_that_follow_the_data(steps: int) -> dict[str, Any]:
+    """Of another length on each rank from time to time: a warning, no alarm."""
+    model = LongestMask()
+    # DDP itself broadcasts buffers of equal shape only.
+    torch.nn.parallel.DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(
+        model, ["mask"]
+    )
+    return train(model, steps, batch_size=lambda s: 3 + s % 11)
+
+
 def every_third_step(steps: int) -> dict[str, Any]:
     return train(nn.Linear(FEATURES, 4), steps, every_steps=3)
 
@@ -214,6 +259,8 @@ TWINS: dict[str, Callable[[int], dict[str, Any]]] = {
         reference_with_dropout_in_evaluation,
         declared_reference_sync,
         evaluation_and_random_numbers,
+        parameters_used_on_one_rank,
+        buffers_that_follow_the_data,
         every_third_step,
         verdict_one_step_late,
         sixteen_bits,

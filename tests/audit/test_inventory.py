@@ -179,3 +179,36 @@ def test_a_quantization_state_that_is_set_anew_is_followed() -> None:
     found = dict(inventory.quantization.items())
     assert found["0.weight.absmax"] is layer.weight.quant_state.absmax
     inventory.close()
+
+
+def test_an_optimizer_that_chooses_its_own_rate_has_none() -> None:
+    net = nn.Linear(2, 2)
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
+    inventory = Inventory(net, optimizer)
+    assert set(inventory.learning_rates().values()) == {0.1}
+    optimizer.param_groups[0]["lr"] = None
+    assert inventory.learning_rates() == {}
+    inventory.close()
+
+
+def test_packed_weights_in_buffers_are_frozen() -> None:
+    layer = nn.Module()
+    layer.register_buffer("qweight", torch.zeros(4, 4, dtype=torch.int32))
+    layer.register_buffer("scales", torch.ones(4))
+    inventory = Inventory(nn.ModuleDict({"layer": layer, "norm": nn.BatchNorm1d(2)}))
+    assert inventory.frozen.names == ["layer.qweight", "layer.scales"]
+    assert "norm.running_mean" in inventory.buffers.names
+    inventory.close()
+
+
+def test_a_model_that_cannot_be_read_leaves_no_hook() -> None:
+    from torch.nn.modules import module as module_hooks
+
+    class Broken(nn.Linear):
+        def sync_roles(self) -> None:
+            raise RuntimeError("no roles today")
+
+    before = len(module_hooks._global_module_registration_hooks)
+    with pytest.raises(RuntimeError, match="no roles today"):
+        Inventory(Broken(2, 2))
+    assert len(module_hooks._global_module_registration_hooks) == before

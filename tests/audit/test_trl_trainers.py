@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import os
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -50,7 +51,7 @@ def with_reference(folder: Path) -> dict[str, Any]:
 
 
 def life_of_a_run(folder: Path) -> dict[str, Any]:
-    """Evaluation, saving, accumulation and the best model; trained again; resumed in three ways.
+    """Evaluation, saving, accumulation and the best model; trained again; resumed in four ways.
 
     Not on 4-bit weights: an evaluation on a CPU with AVX512-BF16 rounds their scales (bitsandbytes
     0.50.2), which is a change of the base.
@@ -66,9 +67,15 @@ def life_of_a_run(folder: Path) -> dict[str, Any]:
     settings["max_steps"] = STEPS + 2
     for name, options in {
         "resumed": {},
-        "resumed_elsewhere": {"resume_from": checkpoint},
+        "resumed_elsewhere": {},
+        "resumed_as_told": {"resume_from": checkpoint},
         "resumed_unverified": {},
     }.items():
+        if name == "resumed_unverified":
+            # Each rank a copy of its own, without the manifest.
+            copy = folder / f"bare-{os.environ.get('RANK', '0')}"
+            shutil.copytree(checkpoint, copy, ignore=shutil.ignore_patterns("sync_manifest.json"))
+            checkpoint = str(copy)
         callback = SyncAuditCallback(**options)
         output = "life" if name == "resumed" else name
         made = trainer("sft", "lora", folder, callback, name=output, **settings)
@@ -206,7 +213,7 @@ def test_saves_evaluations_and_a_second_training_are_healthy(outcomes: Any, name
     assert saves == [(2, True), (4, True)] * times
 
 
-@pytest.mark.parametrize("name", ["resumed", "resumed_elsewhere"])
+@pytest.mark.parametrize("name", ["resumed", "resumed_elsewhere", "resumed_as_told"])
 def test_resumed_state_is_verified(outcomes: Any, name: str) -> None:
     for run in (rank[name] for rank in outcomes):
         # Two steps more and a save.

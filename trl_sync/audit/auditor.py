@@ -10,6 +10,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
 from trl_sync._version import __version__
@@ -29,7 +30,7 @@ from trl_sync.audit.snapshot import Kind, Snapshot
 from trl_sync.audit.snapshotter import History, Snapshotter
 from trl_sync.audit.uncaught import name_missing_on_uncaught
 from trl_sync.audit.watch import ProgressWatch
-from trl_sync.errors import DesyncError
+from trl_sync.errors import AuditError, ConfigError, DesyncError
 
 logger = logging.getLogger("trl_sync.audit")
 
@@ -92,6 +93,12 @@ class SyncAuditor:
         """
         self.begin()
         inner = torch_optimizer(self._optimizer)
+        if not hasattr(inner, "register_step_pre_hook"):
+            self.detach()
+            raise ConfigError(
+                f"attach() needs the optimizer whose steps it audits, not {type(inner).__name__}. "
+                "Pass it as the third argument, or call check() by hand."
+            )
         before = inner.register_step_pre_hook(self._before_step)
         self._stack.callback(before.remove)
         after = inner.register_step_post_hook(self._after_step)
@@ -110,9 +117,7 @@ class SyncAuditor:
         elif issubclass(error_type, DesyncError):
             self.detach()
         else:
-            # An error of this rank alone: its watch goes on until the process ends, so that it can
-            # say who was missing, and that the others see this rank leave.
-            self._stack.close()
+            self._leave_watch_on()
 
     def detach(self) -> None:
         """Removes every hook, ends the watch and closes the journal; no collective."""
@@ -146,7 +151,7 @@ class SyncAuditor:
             DesyncError: ranks differ, with `on_desync="raise"`; else the report says so.
         """
         self.begin()
-        with self._timed():
+        with self._timed(), self.watch.waiting():
             self.drain()
             step = self._step if step is None else step
             return self._settle(
@@ -172,8 +177,11 @@ class SyncAuditor:
                 snapshot = self._snapshotter.full(Kind.BEGIN, step, self._next_audit(), 0)
                 self._settle(snapshot)
                 self.watch.advance(step, Phase.AUDITED)
-            except BaseException:
+            except (DesyncError, AuditError):
                 self.detach()
+                raise
+            except BaseException:
+                self._leave_watch_on()
                 raise
 
     def begin_step(self, step: int) -> None:
@@ -183,9 +191,9 @@ class SyncAuditor:
     def before_update(self, step: int) -> None:
         """Gradients are final, the optimizer has not moved: the last look before update `step`."""
         self.watch.advance(step, Phase.BEFORE_UPDATE)
-        if self._due(step):
-            with self._timed():
-                self.drain()
+        with self._timed():
+            self.drain()
+            if self._due(step):
                 self._snapshotter.before_update()
 
     def after_update(self, step: int) -> SyncReport | None:
@@ -204,6 +212,14 @@ class SyncAuditor:
                     self._delayed = snapshot
         self.watch.advance(step, Phase.AUDITED)
         return report
+
+    def _leave_watch_on(self) -> None:
+        """After an error of this rank alone: the watch can still say who was missing, and others
+        see when this rank is gone. What its process does until then is no lag.
+        """
+        self._stack.close()
+        if hasattr(self, "watch"):
+            self.watch.begin_pause("an error")
 
     def drain(self) -> None:
         """Waits for a verdict that is still to come."""
@@ -259,13 +275,17 @@ class SyncAuditor:
         self._started_s = time.perf_counter()
         self._stack = contextlib.ExitStack()
         self._step = step
-        self._updates = self._backwards = 0
+        self._updates, self._had_backward = 0, False
         self._num_audits = self._size_bytes = 0
         self._seconds, self._timing = 0.0, 0
         self._delayed = None
 
     def _open(self) -> None:
-        self.comparison = Comparison(timeout_s=EXCHANGE_TIMEOUT_S, on_failure=self._explain_failure)
+        self.comparison = Comparison(
+            timeout_s=EXCHANGE_TIMEOUT_S,
+            meeting_s=10 * self.config.timeout_s,
+            on_failure=self._explain_failure,
+        )
         self._stack.callback(self.comparison.close)
         self.reaction = Reaction(self.comparison, self.config, self._output_dir)
         self._stack.callback(self.reaction.close)
@@ -284,7 +304,10 @@ class SyncAuditor:
         wanted = True if self.config.on_desync == "repair" else self.config.blocking
         self._blocking = not on_gpu if wanted is None else wanted
         self._snapshotter.keeps_gradient_norms = not self._blocking
-        self_test_s = self_test(self.comparison) if self.config.self_test else None
+        devices = {torch.device("cpu"), *(t.device for t in self.inventory.trainable.tensors)}
+        self_test_s = None
+        if self.config.self_test:
+            self_test_s = self_test(self.comparison, sorted(devices, key=str))
         self._write_first_line(self_test_s)
 
     def _watch_progress(self) -> None:
@@ -307,17 +330,27 @@ class SyncAuditor:
         if register is not None:
             self._stack.callback(register(self._count_update).remove)
         trainable = self.inventory.trainable.tensors
-        if trainable and engine_name(self._state) not in ("DEEPSPEED", "FSDP"):
+        self._sees_backward = bool(trainable) and engine_name(self._state) not in (
+            "DEEPSPEED",
+            "FSDP",
+        )
+        if self._sees_backward:
             # Gradients of the last parameters come first: where they are, backward has begun.
             hook = trainable[-1].register_post_accumulate_grad_hook(self._count_backward)
             self._stack.callback(hook.remove)
+            for parameter in trainable:
+                # Any of them may be unused, on this rank or on all.
+                hook = parameter.register_post_accumulate_grad_hook(self._note_backward)
+                self._stack.callback(hook.remove)
 
     def _count_update(self, *args: Any) -> None:
         self._updates += 1
 
     def _count_backward(self, parameter: Any) -> None:
-        self._backwards += 1
         self.watch.count_backward()
+
+    def _note_backward(self, parameter: Any) -> None:
+        self._had_backward = True
 
     def _write_first_line(self, self_test_s: float | None) -> None:
         inventory = self.inventory
@@ -343,6 +376,14 @@ class SyncAuditor:
             },
             unavailable_tensors=inventory.unavailable,
         )
+        if inventory.unavailable and self.is_main_process:
+            name, reason = next(iter(inventory.unavailable.items()))
+            logger.warning(
+                "sync audit: %d tensors are not checked, such as %s: %s",
+                len(inventory.unavailable),
+                name,
+                reason,
+            )
         for scope, reason in self._unavailable.items():
             if self.config.audits(scope) and self.is_main_process:
                 logger.warning("sync audit: %s is not checked here: %s", scope, reason)
@@ -350,15 +391,15 @@ class SyncAuditor:
     # Around each step of an attached optimizer.
 
     def _before_step(self, *args: Any) -> None:
-        if self._backwards:
+        if self._had_backward or not self._sees_backward:
             self.before_update(self._step + 1)
 
     def _after_step(self, *args: Any) -> None:
-        if not self._backwards:
+        if self._sees_backward and not self._had_backward:
             # A step without a backward before it: the other ranks may not take it, and to wait for
             # them here would wait for ever. The next audit finds one update too many.
             return
-        self._backwards = 0
+        self._had_backward = False
         self.after_update(self._step + 1)
 
     # One audit.

@@ -67,8 +67,11 @@ class FrozenBaseline:
         # Tensors that now have other bytes in number, and weights with other quantization state.
         self.reshaped: list[Piece] = []
 
-    def cut(self, inventory: Inventory) -> None:
-        """Divides the frozen state of `inventory`; call it when the inventory's version moved."""
+    def cut(self, inventory: Inventory) -> bool:
+        """Divides the frozen state of `inventory`; call it when the inventory's version moved.
+
+        True if a tensor that was there before has been replaced by another.
+        """
         pieces = [
             (piece, tensor)
             for scope, tensors in (
@@ -90,6 +93,12 @@ class FrozenBaseline:
             done += piece.size_bytes
         before = [piece for part in self._slices for piece in part.pieces]
         self.reshaped += _reshaped(before, [piece for piece, _ in pieces])
+        known = {
+            p: id(t)
+            for part in self._slices
+            for p, t in zip(part.pieces, part.tensors, strict=True)
+        }
+        replaced = any(known.get(piece, id(tensor)) != id(tensor) for piece, tensor in pieces)
         self._slices = [_slice(members) for members in slices.values()]
         present = {piece: None for piece, _ in pieces}
         if list(present) != before:
@@ -97,6 +106,7 @@ class FrozenBaseline:
             # the turn stays: one rank may notice that before the others.
             self._next = 0
         self._baseline = {p: d for p, d in self._baseline.items() if p in present}
+        return replaced or bool(self.reshaped)
 
     def start_next(self, step: int) -> SliceChecksums | None:
         """Begins the next slice; None if nothing is frozen."""

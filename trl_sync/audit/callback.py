@@ -81,8 +81,7 @@ class SyncAuditCallback(TrainerCallback):
 
     def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.auditor.after_update(state.global_step + 1)
-        if self._stops(args, control):
-            control.should_save = True
+        self._stops(args, control)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self._pause("work between two steps")
@@ -123,15 +122,13 @@ class SyncAuditCallback(TrainerCallback):
             self.auditor.drain()
         self._stops(args, control)
 
-    def _stops(self, args: Any, control: Any) -> bool:
-        """True if training ends for a desync; no good checkpoint is deleted for the one to come."""
-        if not self.auditor.should_stop:
-            return False
-        if self._save_total_limit is None:
-            self._save_total_limit = (args, args.save_total_limit)
-        args.save_total_limit = None
-        control.should_training_stop = True
-        return True
+    def _stops(self, args: Any, control: Any) -> None:
+        """After a desync, training ends with a checkpoint; no good one is deleted for it."""
+        if self.auditor.should_stop:
+            if self._save_total_limit is None:
+                self._save_total_limit = (args, args.save_total_limit)
+            args.save_total_limit = None
+            control.should_save = control.should_training_stop = True
 
     def _pause(self, reason: str) -> None:
         if not self._paused:

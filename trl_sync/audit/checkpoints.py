@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import logging
 from collections.abc import Iterable
 from pathlib import Path
@@ -102,12 +103,25 @@ def verify_resumed(auditor: SyncAuditor, args: Any, step: int) -> None:
 def resumed_folder(auditor: SyncAuditor, args: Any, step: int) -> Path | None:
     """Where this run was resumed from, if a manifest lies there.
 
-    A trainer does not tell callbacks the path that was passed to `train()`.
+    A trainer does not tell callbacks the path that was passed to `train()`; it is looked up.
     """
-    given = (auditor.config.resume_from, getattr(args, "resume_from_checkpoint", None))
-    candidates = [Path(path) for path in given if isinstance(path, str | Path)]
-    candidates.append(Path(args.output_dir) / f"checkpoint-{step}")
-    return next((path for path in candidates if (path / MANIFEST_NAME).is_file()), None)
+    known = auditor.config.resume_from or _path_being_resumed()
+    folder = Path(known) if known is not None else Path(args.output_dir) / f"checkpoint-{step}"
+    return folder if (folder / MANIFEST_NAME).is_file() else None
+
+
+def _path_being_resumed() -> str | None:
+    """The checkpoint that the running `Trainer.train` loads, from its own variable.
+
+    Checked on transformers 5.23; tests/audit/test_trl_trainers.py resumes from a folder elsewhere.
+    """
+    frame = inspect.currentframe()
+    while frame is not None:
+        path = frame.f_locals.get("resume_from_checkpoint")
+        if frame.f_globals.get("__name__") == "transformers.trainer" and isinstance(path, str):
+            return path
+        frame = frame.f_back
+    return None
 
 
 def _problems(auditor: SyncAuditor, folder: Path) -> list[str]:

@@ -5,6 +5,7 @@ Every rank calls them in the same order. On the healthy path there is one, of co
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
 from datetime import timedelta
 from typing import Any
@@ -15,8 +16,12 @@ from torch import Tensor
 
 from trl_sync.audit.findings import Difference
 from trl_sync.audit.localize import compare_with_reference
+from trl_sync.audit.state_store import default_store
 from trl_sync.audit.tensor_bytes import host_bytes
 from trl_sync.errors import AuditError
+
+# Every rank makes its comparisons in the same order, so equal numbers meet.
+_meetings = itertools.count()
 
 
 class Comparison:
@@ -32,6 +37,7 @@ class Comparison:
         self,
         *,
         timeout_s: float,
+        meeting_s: float = 600.0,
         on_failure: Callable[[RuntimeError], Exception] | None = None,
     ) -> None:
         self._on_failure = on_failure
@@ -41,9 +47,28 @@ class Comparison:
         self.rank = dist.get_rank() if distributed else 0
         self._group: Any = None
         if self.world_size > 1:
+            self._meet(meeting_s)
             # A group of its own: training's collectives, on another backend perhaps, never
             # interleave with the audit's.
             self._group = dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout_s))
+
+    def _meet(self, timeout_s: float) -> None:
+        """Waits until every rank is here; without a collective, which would wait half an hour.
+
+        Raises:
+            AuditError: some are not, after `timeout_s`.
+        """
+        store, number = default_store(), next(_meetings)
+        keys = [f"trl_sync/audit/{number}/{rank}" for rank in range(self.world_size)]
+        store.set(keys[self.rank], b"here")
+        try:
+            store.wait(keys, timedelta(seconds=timeout_s))
+        except RuntimeError as error:
+            missing = [str(rank) for rank, key in enumerate(keys) if not store.check([key])]
+            raise AuditError(
+                f"Rank(s) {', '.join(missing)} have not begun an audit within {timeout_s:g} s of "
+                f"rank {self.rank}. Every rank needs it: add the callback on all of them."
+            ) from error
 
     def agree(self, values: Sequence[int]) -> list[bool]:
         """True where every rank passed the same number; the list is the same on every rank.

@@ -72,8 +72,9 @@ def diagnose(
         return [_skew(evidence, context)]
     findings = _parameters_before(evidence, slots, context)
     findings += _local(evidence, context)
-    if not findings or all(not finding.fatal for finding in findings):
-        findings += _frozen(evidence, slots, context)
+    causes = {finding.cause for finding in findings if finding.fatal}
+    findings += [f for f in _frozen(evidence, slots, context) if f.cause not in causes]
+    if Slot.BEFORE not in slots or not findings:
         findings += _update(evidence, slots, context)
     findings += _buffers(evidence, slots, context)
     return findings
@@ -192,7 +193,7 @@ def _parted_unseen(
     names: Sequence[str], evidence: Sequence[Evidence], slots: set[Slot], context: Context
 ) -> list[Finding]:
     """Ranks parted in updates that were not audited; gradients now hint at why."""
-    text = "Ranks parted in an update that was not audited; every_steps=1 would tell more."
+    text = "Ranks parted in an update that was not audited."
     if Slot.GRADIENTS in slots:
         return [_gradients(evidence, context, text=text)]
     return [_finding(Cause.OPTIMIZER_DIVERGED, Slot.BEFORE, names, evidence, context, text=text)]
@@ -344,7 +345,7 @@ def _buffers(evidence: Sequence[Evidence], slots: set[Slot], context: Context) -
     ]
     if not names:
         return []
-    text = "Harmless for statistics that each rank gathers for itself."
+    text = "Buffers are not trained; DDP sends those of rank 0 to all at the next forward."
     found = _finding(Cause.BUFFERS_DIFFER, Slot.BUFFERS, names, evidence, context, text=text)
     return [replace(found, fatal=False, last_equal_step=None)]
 

@@ -77,6 +77,7 @@ class Digester:
         unseen: list[int] = []
         size_bytes = 0
         hash_bytes = xxhash.xxh3_128_digest
+        hashes_whole_host_tensors = self._ranges is None and "cpu" not in self._kernel_devices
         for position, tensor in enumerate(tensors):
             view = views[position]
             if (
@@ -91,6 +92,13 @@ class Digester:
             ):
                 found.append(hash_bytes(view[2]))
                 size_bytes += view[3]
+            elif hashes_whole_host_tensors and tensor is not None and _is_plain_on_host(tensor):
+                # Gradients are new tensors in every step: no detour for them.
+                num_bytes, address = tensor.nbytes, tensor.data_ptr()
+                data = byte_array(address, num_bytes)
+                views[position] = (address, num_bytes, data, num_bytes)
+                found.append(hash_bytes(data))
+                size_bytes += num_bytes
             else:
                 found.append(ABSENT)
                 if tensor is not None:
@@ -136,6 +144,20 @@ class Digester:
             digester = self._on_devices.setdefault(device, DeviceDigester(device))
             launched = digester.start([piece for _, piece in work])
             pending.launched.append((launched, [place for place, _ in work]))
+
+
+def _is_plain_on_host(tensor: Tensor) -> bool:
+    """True if the tensor's bytes lie in memory as they are, one after another."""
+    return (
+        type(tensor) in PLAIN_TYPES
+        and tensor.device.type == "cpu"
+        and tensor.layout is torch.strided
+        and not tensor.is_quantized
+        and not tensor.is_nested
+        and tensor.is_contiguous()
+        and not tensor.is_conj()
+        and not tensor.is_neg()
+    )
 
 
 class PendingDigests:

@@ -101,7 +101,11 @@ class Inventory:
                 module_hooks.register_module_buffer_registration_hook,
             )
         ]
-        self.refresh()
+        try:
+            self.refresh()
+        except BaseException:
+            self.close()
+            raise
 
     def close(self) -> None:
         """Stops listening to registrations."""
@@ -122,7 +126,7 @@ class Inventory:
 
     def gradients(self) -> list[Tensor | None]:
         """The gradient of each trainable parameter, in their order."""
-        return [_values(parameter.grad) for parameter in self.trainable.tensors]
+        return [values_of(parameter.grad) for parameter in self.trainable.tensors]
 
     def optimizer_parameters(self) -> list[nn.Parameter]:
         """Every parameter the optimizer updates."""
@@ -145,7 +149,7 @@ class Inventory:
         for parameter in self.optimizer_parameters():
             name = names.get(id(parameter)) or f"optimizer_parameter_{next(foreign)}"
             for key, value in sorted(state.get(parameter, {}).items(), key=lambda pair: pair[0]):
-                if isinstance(value, Tensor):
+                if isinstance(value, Tensor) and unsupported_reason(value) is None:
                     found.add(f"{name}.{key}", value)
         return found
 
@@ -166,16 +170,22 @@ class Inventory:
         if self.optimizer is None:
             return {}
         return {
-            id(p): float(group.get("lr", 0.0))
+            id(p): float(group["lr"])
             for group in self.optimizer.param_groups
+            # Optimizers that choose it themselves, such as Adafactor, have None.
+            if group.get("lr") is not None
             for p in group["params"]
         }
 
     def schema(self) -> list[tuple[str, str, str, tuple[int, ...]]]:
-        """Scope, name, type and shape of everything but optimizer state and gradients."""
+        """Scope, name, type and shape of parameters and quantization state.
+
+        Not of buffers: some are made anew for the longest sequence that a rank has seen.
+        """
         return [
             (scope, name, f"{tensor.dtype} on {tensor.device.type}", tuple(tensor.shape))
             for scope, tensors in self._scopes()
+            if scope != "buffers"
             for name, tensor in tensors.items()
         ]
 
@@ -229,9 +239,10 @@ class Inventory:
                     self.frozen.add(name, parameter)
             for name, tensor in quantization_tensors(module):
                 self.quantization.add(_join(prefix, name), tensor)
+            packed = _packed_buffers(module)
             for name, buffer in module.named_buffers(prefix):
                 if unsupported_reason(buffer) is None:
-                    self.buffers.add(name, buffer)
+                    (self.frozen if id(buffer) in packed else self.buffers).add(name, buffer)
         self.roles = list(self._declared_roles())
         self.role_of = self._roles_by_name()
         self._flags = self._requires_grad()
@@ -307,7 +318,17 @@ def unsupported_reason(tensor: Tensor) -> str | None:
     return None
 
 
-def _values(gradient: Tensor | None) -> Tensor | None:
+def _packed_buffers(module: nn.Module) -> set[int]:
+    """Buffers that are frozen weights: those of layers quantized by GPTQ, AWQ or HQQ."""
+    return {
+        id(buffer)
+        for layer in module.modules()
+        if {"qweight", "W_q"} & set(layer._buffers)
+        for buffer in layer.buffers(recurse=False)
+    }
+
+
+def values_of(gradient: Tensor | None) -> Tensor | None:
     """A gradient's bytes; of a sparse one those of its values."""
     if gradient is not None and gradient.is_sparse:
         return gradient.coalesce().values()

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import logging
 import math
 import time
 from collections.abc import Iterator
@@ -11,6 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from trl_sync.errors import ConfigError
+
+logger = logging.getLogger("trl_sync.audit")
 
 JOURNAL_NAME = "sync_audit.jsonl"
 FORMAT = 1
@@ -31,16 +35,23 @@ class Journal:
         """Adds one line; the file is made at the first one."""
         if self._path is None:
             return
-        if self._file is None:
-            self._path.parent.mkdir(parents=True, exist_ok=True)
-            self._file = self._path.open("a", encoding="utf-8")
         line = {"event": event, "time_s": round(time.time(), 3), **_plain(fields)}
-        self._file.write(json.dumps(line) + "\n")
-        self._file.flush()
+        try:
+            if self._file is None:
+                self._path.parent.mkdir(parents=True, exist_ok=True)
+                self._file = self._path.open("a", encoding="utf-8")
+            self._file.write(json.dumps(line) + "\n")
+            self._file.flush()
+        except OSError as error:
+            # A full disk on one rank must not end a run that is healthy.
+            logger.warning("sync audit: the journal %s ends here: %s", self._path, error)
+            self._path = None
 
     def close(self) -> None:
         if self._file is not None:
-            self._file.close()
+            # What could not be written was said when it was tried.
+            with contextlib.suppress(OSError):
+                self._file.close()
             self._file = None
 
 

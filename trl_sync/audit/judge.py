@@ -12,7 +12,7 @@ from trl_sync.audit.compare import Comparison
 from trl_sync.audit.diagnose import Context, Evidence, diagnose
 from trl_sync.audit.digest import CPU_ALGORITHM, GPU_ALGORITHM
 from trl_sync.audit.findings import Cause, Finding, Scope, SyncReport
-from trl_sync.audit.inventory import Inventory
+from trl_sync.audit.inventory import Inventory, values_of
 from trl_sync.audit.snapshot import (
     Checksums,
     Kind,
@@ -38,7 +38,7 @@ class Judge:
         self, comparison: Comparison, snapshotter: Snapshotter, expected_updates: int
     ) -> None:
         self.last_equal_step: int | None = None
-        self.was_equal = True
+        self.was_equal = self.parameters_were_equal = True
         self._comparison = comparison
         self._snapshotter = snapshotter
         self._expected_updates = expected_updates
@@ -75,12 +75,14 @@ class Judge:
         )
         # A slice that is equal does not make up for another one that was not.
         whole = snapshot.kind in (Kind.BEGIN, Kind.FULL)
+        self.parameters_were_equal = not counters and not slots & {Slot.BEFORE, Slot.AFTER}
         self.note_outcome(report.step, equal=report.equal and (self.was_equal or whole))
         return report, history
 
     def note_outcome(self, step: int, *, equal: bool) -> None:
         """Remembers whether the ranks were equal after `step`."""
         self.was_equal = equal
+        self.parameters_were_equal |= equal
         if equal:
             self.last_equal_step = step
 
@@ -123,7 +125,7 @@ class Judge:
             step=min(e.step for e in evidence),
             expected_updates=self._expected_updates,
             last_equal_step=min(known) if len(known) == len(evidence) else None,
-            was_equal=self.was_equal,
+            was_equal=self.parameters_were_equal,
             role_of=self._inventory.role_of,
         )
         findings = diagnose(evidence, counters, slots, context)
@@ -152,4 +154,4 @@ class Judge:
     def _tensor(self, scope: Scope, name: str) -> Tensor | None:
         named = self._inventory.tensors_of(scope)
         tensor: Tensor | None = None if named is None else dict(named.items()).get(name)
-        return tensor.grad if tensor is not None and scope is Scope.GRADIENTS else tensor
+        return values_of(tensor.grad) if tensor is not None and scope is Scope.GRADIENTS else tensor

@@ -89,7 +89,9 @@ def expected_motion(parameter: Tensor, learning_rate: float) -> Motion:
     with torch.no_grad():
         # In pieces: a whole embedding would need several temporaries of its size.
         pieces = (gradient.detach().reshape(-1), parameter.detach().reshape(-1))
-        for slope, value in zip(*(whole.split(PIECE) for whole in pieces), strict=True):
+        # On a GPU every answer waits for the device: one question there.
+        length = PIECE if parameter.device.type == "cpu" else max(parameter.numel(), 1)
+        for slope, value in zip(*(whole.split(length) for whole in pieces), strict=True):
             size = slope.abs().float()
             clear_mask = size > CLEAR_GRADIENT
             step = learning_rate * size.clamp(max=1.0)

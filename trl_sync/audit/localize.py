@@ -7,6 +7,7 @@ from torch import Tensor
 
 from trl_sync.audit.findings import Difference
 
+PIECE_ELEMENTS = 1 << 20
 _INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
@@ -15,27 +16,36 @@ def compare_with_reference(
 ) -> Difference | None:
     """How `tensor` of `rank` differs from `reference`, of the same shape and type; None if equal.
 
-    Compared are bit patterns: equal NaNs are equal, 0.0 and -0.0 are not.
+    Compared are bit patterns: equal NaNs are equal, 0.0 and -0.0 are not. Works in pieces: a large
+    tensor is held twice, not a dozen times.
     """
     shape = tensor.shape
     tensor, reference = _flat(tensor), _flat(reference)
-    different = _bits(tensor) != _bits(reference)
-    size = tensor.element_size()
-    if different.shape[0] != tensor.shape[0]:  # complex128: two words an element
-        different = different.view(tensor.shape[0], -1).any(dim=1)
-    if not bool(different.any()):
+    num_different, first, largest = 0, -1, 0.0
+    for start in range(0, tensor.shape[0], PIECE_ELEMENTS):
+        own, other = (
+            tensor[start : start + PIECE_ELEMENTS],
+            reference[start : start + PIECE_ELEMENTS],
+        )
+        different_mask = _differs(own, other)
+        count = int(different_mask.sum())
+        if count:
+            first = start + int(different_mask.nonzero()[0, 0]) if first < 0 else first
+            largest = max(largest, _max_abs_difference(own, other))
+            num_different += count
+    if not num_different:
         return None
-    first = different.nonzero()[0, 0]
-    index = tuple(int(axis) for axis in torch.unravel_index(first, shape))
+    index = tuple(int(axis) for axis in torch.unravel_index(torch.tensor(first), shape))
+    size = tensor.element_size()
     return Difference(
         rank=rank,
         reference_rank=reference_rank,
         index=index,
         bits=_hex(tensor[first].view(1), size),
         reference_bits=_hex(reference[first].view(1), size),
-        num_different=int(different.sum()),
+        num_different=num_different,
         num_elements=tensor.shape[0],
-        max_abs_difference=_max_abs_difference(tensor, reference),
+        max_abs_difference=largest,
         factor=common_factor(tensor, reference),
     )
 
@@ -49,21 +59,35 @@ def common_factor(tensor: Tensor, reference: Tensor) -> float | None:
     """
     if not tensor.dtype.is_floating_point:
         return None
-    epsilon = torch.finfo(tensor.dtype).eps
-    smallest = torch.finfo(tensor.dtype).tiny
-    # What is below the normal range has lost digits and says nothing about a factor.
-    known_mask = reference.double().abs() > smallest
-    tensor, reference = tensor.double()[known_mask], reference.double()[known_mask]
-    if tensor.numel() < 2 or not bool(
-        torch.isfinite(tensor).all() & torch.isfinite(reference).all()
-    ):
-        return None
-    factor = float((tensor / reference).median())
-    if factor in (0.0, 1.0):
-        return None
-    error = (tensor - factor * reference).abs()
-    allowed = 4 * epsilon * tensor.abs() + smallest
-    return factor if bool((error <= allowed).all()) else None
+    tensor, reference = _flat(tensor), _flat(reference)
+    factor, num_known = None, 0
+    for start in range(0, tensor.shape[0], PIECE_ELEMENTS):
+        own, other = (
+            tensor[start : start + PIECE_ELEMENTS],
+            reference[start : start + PIECE_ELEMENTS],
+        )
+        number = torch.finfo(own.dtype)
+        own, other = own.double(), other.double()
+        # What is below the normal range has lost digits and says nothing about a factor.
+        known_mask = other.abs() > number.tiny
+        own, other = own[known_mask], other[known_mask]
+        if not own.numel():
+            continue
+        if not bool(torch.isfinite(own).all() & torch.isfinite(other).all()):
+            return None
+        num_known += own.numel()
+        factor = float((own / other).median()) if factor is None else factor
+        allowed = 4 * number.eps * own.abs() + number.tiny
+        if not bool(((own - factor * other).abs() <= allowed).all()):
+            return None
+    return None if num_known < 2 or factor in (0.0, 1.0) else factor
+
+
+def _differs(own: Tensor, other: Tensor) -> Tensor:
+    different_mask = _bits(own) != _bits(other)
+    if different_mask.shape[0] != own.shape[0]:  # complex128: two words an element
+        different_mask = different_mask.view(own.shape[0], -1).any(dim=1)
+    return different_mask
 
 
 def _flat(tensor: Tensor) -> Tensor:

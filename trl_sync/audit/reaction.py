@@ -46,6 +46,9 @@ class Reaction:
         if not report.fatal:
             self._write_audit(report)
             return False
+        if self._action == "warn" and all(_key(finding) in self.warned for finding in report.fatal):
+            self._write_audit(report)  # as it was when it was warned about
+            return False
         self.num_desyncs += 1
         self._write_desync(report)
         if self._action == "raise":
@@ -68,7 +71,7 @@ class Reaction:
 
     def warn_once(self, finding: Finding) -> None:
         """A warning on rank 0, once for each cause; of a desync, for each tensor too."""
-        key = (finding.cause, finding.tensor if finding.fatal else None)
+        key = _key(finding)
         if key not in self.warned and self._comparison.rank == 0:
             logger.warning("%s", finding.describe())
             if not finding.fatal:
@@ -106,6 +109,10 @@ class Reaction:
             findings=findings,
             message=report.describe(),
         )
+
+
+def _key(finding: Finding) -> tuple[Cause, str | None]:
+    return finding.cause, finding.tensor if finding.fatal else None
 
 
 def _journal_path(config: AuditConfig, output_dir: Path | None) -> Path | None:

@@ -151,9 +151,11 @@ def _missing_in_optimizer(inventory: Inventory) -> Iterator[LocalFinding]:
     own = [id(p) for _, p in inventory.trainable.items()]
     own += [id(p) for _, p in inventory.frozen.items()]
     missing = [name for name, p in inventory.trainable.items() if id(p) not in optimized]
-    # Engines optimize copies of their own: then only liveness can tell.
+    # Engines optimize copies of their own, and some optimizers hold nothing but a placeholder: then
+    # only liveness can tell.
     copies = len(optimized - set(own))
-    if missing and copies < len(missing):
+    held = len(inventory.trainable) - len(missing)
+    if missing and held and copies < len(missing):
         yield LocalFinding(
             cause=Cause.NOT_IN_OPTIMIZER,
             scope=Scope.ROLES,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Collection
 
 import torch
 
@@ -13,8 +14,10 @@ from trl_sync.errors import AuditError
 FLIPPED_WORD, FLIPPED_BIT = 137, 5
 
 
-def self_test(comparison: Comparison) -> float:
+def self_test(comparison: Comparison, devices: Collection[torch.device]) -> float:
     """Seconds it took to see one flipped bit of a scratch tensor on the last rank. Collective.
+
+    Each type of device has checksums of its own, so `devices` are tested one after another.
 
     Checkers of this kind have reported "all equal" for months because they compared nothing, so
     first a healthy tensor must pass, then a flipped one must not, and the flip must be located.
@@ -23,7 +26,13 @@ def self_test(comparison: Comparison) -> float:
         AuditError: on every rank, if the audit does not see it, or sees what is not there.
     """
     started_s = time.perf_counter()
-    scratch, digester = torch.arange(256, dtype=torch.int32), Digester()
+    for device in devices:
+        _test_on(comparison, device)
+    return time.perf_counter() - started_s
+
+
+def _test_on(comparison: Comparison, device: torch.device) -> None:
+    scratch, digester = torch.arange(256, dtype=torch.int32, device=device), Digester()
     clean = digester.start([scratch]).result()[0]
     silent = all(comparison.agree(_words(clean)))
     flipping = comparison.rank == comparison.world_size - 1
@@ -41,13 +50,12 @@ def self_test(comparison: Comparison) -> float:
         )
     if not (silent and seen and located):
         raise AuditError(
-            "The audit's self-test failed: "
+            f"The audit's self-test on {device} failed: "
             f"equal tensors compared {'equal' if silent else 'different'}, one flipped bit was "
             f"{'seen' if seen else 'not seen'} and {'located' if located else 'not located'}. Its "
             "silence would mean nothing, so training does not start. Please report this with your "
             "versions; self_test=False starts without."
         )
-    return time.perf_counter() - started_s
 
 
 def _words(digest: bytes) -> list[int]:

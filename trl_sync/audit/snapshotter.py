@@ -162,8 +162,7 @@ class Snapshotter:
         self.inventory.refresh(force)
         if self.inventory.version != self._known_version:
             self._known_version = self.inventory.version
-            self.baseline.cut(self.inventory)
-            self._tensors_replaced = True
+            self._tensors_replaced |= self.baseline.cut(self.inventory)
             self._digesters = {}
             if Scope.ROLES in self._scopes:
                 self._roles.listen(self.inventory)

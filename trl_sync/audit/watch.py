@@ -173,6 +173,15 @@ class ProgressWatch:
         finally:
             self.end_pause()
 
+    @contextlib.contextmanager
+    def waiting(self) -> Iterator[None]:
+        """Around a wait for the other ranks: a pause that is on does not count meanwhile."""
+        pauses, self._pauses = self._pauses, ()
+        try:
+            yield
+        finally:
+            self._pauses = pauses
+
     def find_missing(self) -> MissingRanks | None:
         """Who on this host is dead right now, e.g. after a collective said that a peer left."""
         if self._observer is None or not self._is_own_process():
