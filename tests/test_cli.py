@@ -203,11 +203,22 @@ def test_a_cause_stands_for_its_first_fault() -> None:
     [
         ("forward_unwrapped", "gradient_not_reduced", "all 2 CPU ranks, in update 3"),
         ("base_byte_changed", "frozen_changed", "rank 1 of 2 CPU ranks, in update 3"),
-        ("killed_before_backward", "rank_missing", "rank 1 of 2 CPU ranks, in update 3"),
+        # Those that end a process, or need a launch or a checkpoint of their own: the others stand
+        # in tests/audit/test_fault_matrix.py.
+        *(
+            (f"{fault}_{place}", "rank_missing", "rank 1 of 2 CPU ranks, in update 3")
+            for fault in ("killed", "delayed")
+            for place in ("before_backward", "in_step", "before_audit")
+        ),
+        ("launched_alone", "not_distributed", "all 2 CPU ranks, before the first update"),
+        ("byte_flipped", "manifest_mismatch", "in the checkpoint that 2 CPU ranks resume from"),
+        ("shard_missing", "manifest_mismatch", "in the checkpoint that 2 CPU ranks resume from"),
+        ("other_base", "manifest_mismatch", "2 CPU ranks"),
     ],
 )
 def test_a_planted_fault_is_named(fault: str, cause: str, on: str) -> None:
     done = start("demo", "--fault", fault)
+    print(f"{fault}: {done.stdout.splitlines()[-1]}")
     assert done.returncode == 0, done.stdout + done.stderr
     lines = done.stdout.splitlines()
     assert lines[0].startswith(f"Planted  {fault}")

@@ -14,7 +14,7 @@ from trl_sync.errors import AuditError
 FLIPPED_WORD, FLIPPED_BIT = 137, 5
 
 
-def self_test(comparison: Comparison, devices: Collection[torch.device]) -> float:
+def self_test(comparison: Comparison, devices: Collection[str]) -> float:
     """Seconds it took to see one flipped bit of a scratch tensor on the last rank. Collective.
 
     Each type of device has checksums of its own, so `devices` are tested one after another.
@@ -31,7 +31,7 @@ def self_test(comparison: Comparison, devices: Collection[torch.device]) -> floa
     return time.perf_counter() - started_s
 
 
-def _test_on(comparison: Comparison, device: torch.device) -> None:
+def _test_on(comparison: Comparison, device: str) -> None:
     scratch, digester = torch.arange(256, dtype=torch.int32, device=device), Digester()
     clean = digester.start([scratch]).result()[0]
     silent = all(comparison.agree(_words(clean)))
