@@ -18,7 +18,6 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
 from sft_audited import reviews
 from transformers import AutoTokenizer
 from trl import ModelConfig, SFTConfig, SFTTrainer, get_peft_config
@@ -58,9 +57,6 @@ class DrillArguments:
 
 def main() -> None:
     parser = trainer_parser((DrillArguments, SFTConfig, ModelConfig), __doc__, EMBEDDED_SETTINGS)
-    # On CPUs several processes know of one another only with use_cpu: without it each is alone.
-    on_cpu = not torch.accelerator.is_available()
-    parser.set_defaults(use_cpu=on_cpu, bf16=not on_cpu)
     try:
         sys.exit(0 if drill(*parser.parse_args_and_config()) else 1)
     except ConfigError as error:

@@ -25,7 +25,6 @@ from __future__ import annotations
 
 import sys
 
-import torch
 from datasets import Dataset
 from transformers import AutoTokenizer
 from trl import DPOConfig, DPOTrainer, ModelConfig, ScriptArguments, get_peft_config
@@ -52,9 +51,6 @@ EMBEDDED_SETTINGS = {
 
 def main() -> None:
     parser = trainer_parser((ScriptArguments, DPOConfig, ModelConfig), __doc__, EMBEDDED_SETTINGS)
-    # On CPUs several processes know of one another only with use_cpu: without it each is alone.
-    on_cpu = not torch.accelerator.is_available()
-    parser.set_defaults(use_cpu=on_cpu, bf16=not on_cpu)
     try:
         run(*parser.parse_args_and_config())
     except (ConfigError, DesyncError) as error:

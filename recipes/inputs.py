@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
+import torch
 from datasets import Dataset, DatasetDict, load_dataset, load_from_disk
 from transformers import AutoModelForCausalLM, PreTrainedModel, TrainingArguments
 from trl import ModelConfig, TrlParser, get_peft_config, get_quantization_config
@@ -108,6 +109,9 @@ def trainer_parser(
     )
     if model_args.model_name_or_path is None:
         parser.set_defaults_with_config(**embedded_settings)
+    # On CPUs several processes know of one another only with use_cpu: without it each is alone.
+    on_cpu = not torch.accelerator.is_available()
+    parser.set_defaults(use_cpu=on_cpu, bf16=not on_cpu)
     return parser
 
 

@@ -248,7 +248,10 @@ MEMORY = """
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not os.path.exists("/proc/self/clear_refs"), reason="needs Linux's /proc")
+@pytest.mark.skipif(
+    not os.path.exists("/proc/self/clear_refs"),
+    reason="the peak of memory is read and reset in Linux's /proc",
+)
 @pytest.mark.parametrize("idle_step", [0, 2])
 def test_memory_is_at_most_one_tensor(idle_step: int) -> None:
     script = textwrap.dedent(MEMORY).replace("{idle_step}", str(idle_step))

@@ -37,7 +37,10 @@ DTYPES = [
 # Around words, 16-byte loads, blocks of 2,048 words and tiles of 65,536 bytes.
 SIZES = [0, 1, 2, 3, 4, 5, 15, 16, 17, 8191, 8192, 8193, 8196, 65535, 65536, 65537, 65540, 200001]
 
-needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+needs_gpu = pytest.mark.skipif(
+    not torch.cuda.is_available(),
+    reason="runs the compiled kernel on a GPU; without one the interpreter runs it above",
+)
 
 
 def random_bytes(size_bytes: int, seed: int = 30) -> Tensor:

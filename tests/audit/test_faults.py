@@ -9,6 +9,7 @@ import os
 import signal
 from contextlib import nullcontext
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -98,13 +99,13 @@ def acted(fault: str) -> list[dict[str, Any]]:
         )
 
     options = {"delay_s": 0.25} if fault.startswith("delayed") else {}
-    sleep, kill = processes.time.sleep, processes.os.kill
-    processes.time.sleep = processes.os.kill = record  # type: ignore[assignment]
-    try:
-        with plant_on(job, fault, step=STEP, **options):
-            job.train(STEPS)
-    finally:
-        processes.time.sleep, processes.os.kill = sleep, kill
+    # Recorded in place of done: a real kill and a real wait are tests/test_cli.py's.
+    with (
+        mock.patch.object(processes.time, "sleep", record),
+        mock.patch.object(processes.os, "kill", record),
+        plant_on(job, fault, step=STEP, **options),
+    ):
+        job.train(STEPS)
     rows = [(row["before"][LORA_A], row["after"][LORA_A]) for row in observer.rows]
     return [record | {"rows": rows} for record in records]
 

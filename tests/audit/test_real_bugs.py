@@ -312,7 +312,7 @@ finally:
 """
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="with GPUs the launch is distributed")
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the bug needs a machine without GPU")
 def test_ranks_that_believe_they_are_alone(tmp_path: Path) -> None:
     """`accelerate launch` of two processes on a machine without GPU, and without use_cpu."""
     save_bases(tmp_path)

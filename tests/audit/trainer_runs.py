@@ -5,8 +5,6 @@ from __future__ import annotations
 import contextlib
 import io
 import json
-import logging
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +15,7 @@ import transformers
 import trl
 
 import tiny
+from audit_log import logged
 from trl_sync import DesyncError
 from trl_sync.audit.journal import JOURNAL_NAME
 from trl_sync.audit.manifest import check_files, read_manifest
@@ -153,22 +152,6 @@ def trained(made: Any, callback: Any, **options: Any) -> dict[str, Any]:
         "losses": [entry["loss"] for entry in made.state.log_history if "loss" in entry],
         "journal": journal(made.args.output_dir),
     }
-
-
-@contextlib.contextmanager
-def logged() -> Iterator[list[str]]:
-    """What the audit logs in the block, without repetition in the test's own output."""
-    messages: list[str] = []
-    handler = logging.Handler()
-    handler.emit = lambda record: messages.append(record.getMessage())  # type: ignore[method-assign]
-    logger = logging.getLogger("trl_sync.audit")
-    logger.addHandler(handler)
-    logger.propagate = False
-    try:
-        yield messages
-    finally:
-        logger.removeHandler(handler)
-        logger.propagate = True
 
 
 def attempt(made: Any, callback: Any, planting: Any = None, **options: Any) -> dict[str, Any]:

@@ -5,13 +5,11 @@
 
 from __future__ import annotations
 
-import logging
 import os
 import re
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -67,29 +65,16 @@ def run_scripts(causes: Sequence[str]) -> dict[str, Outcome]:
 
 
 def run_script(cause: str, script: str) -> Outcome:
+    from audit_log import logged
     from trl_sync.errors import DesyncError
 
-    with warnings_of_the_audit() as warnings:
+    with logged() as warnings:
         try:
             exec(compile(script, f"errors.md#{cause}", "exec"), {"__name__": "__main__"})
         except DesyncError as error:
             return Outcome(causes=tuple(f.cause for f in error.findings), message=str(error))
     causes = [str(cause) for text in warnings for cause in re.findall(r"Cause: (\w+)", text)]
     return Outcome(causes=tuple(causes), message="\n".join(warnings))
-
-
-@contextmanager
-def warnings_of_the_audit() -> Iterator[list[str]]:
-    """What the audit logs inside the block."""
-    texts: list[str] = []
-    handler = logging.Handler()
-    handler.emit = lambda record: texts.append(record.getMessage())  # type: ignore[method-assign]
-    logger = logging.getLogger("trl_sync.audit")
-    logger.addHandler(handler)
-    try:
-        yield texts
-    finally:
-        logger.removeHandler(handler)
 
 
 def launch(cause: str, port: int, deadline_s: float = 60.0) -> list[tuple[int, str]]:
@@ -138,6 +123,8 @@ def main() -> None:
     together = [cause for cause in scripts() if cause not in ALONE]
     found = {c: o.message for c, o in run_on_ranks(run_scripts, together)[0].items()}
     found |= {cause: message_in(launch(cause, free_port())[0][1]) for cause in ALONE}
+    # Where this run kept its checkpoints is nobody's business.
+    found = {cause: re.sub(r"/\S*/(?=checkpoint-)", "runs/", m) for cause, m in found.items()}
     text = PAGE.read_text()
     for cause, section in sections():
         filled = MESSAGE.sub(lambda _, c=cause: f"```text\n{found[c]}\n```", section)

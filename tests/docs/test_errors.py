@@ -90,7 +90,7 @@ def test_options_table_lists_every_option_with_its_default() -> None:
 def masked(message: str) -> str:
     """`message` without what differs from machine to machine and from run to run."""
     for pattern, replacement in (
-        (r"/\S*/(?=checkpoint-)", "PATH/"),
+        (r"\S*/(?=checkpoint-)", "PATH/"),
         (r"host \S+,", "host HOST,"),
         # Whether the other rank has already begun to end.
         (r", aborted$", ""),
