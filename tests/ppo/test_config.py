@@ -47,7 +47,12 @@ def test_an_update_needs_every_trainable_parameter() -> None:
 
 # --- The fields of TRL
 
-OWN_FIELDS = {"use_vllm"}
+OWN_FIELDS = {
+    *("use_vllm", "num_generations", "generation_config", "generation_kwargs"),
+    *("chat_template_kwargs", "reward_weights", "use_score_scaling", "use_score_norm"),
+    *("score_clip", "kl_target", "kl_horizon", "target_kl", "ratio_threshold", "cliprange_high"),
+    *("value_learning_rate", "value_lam", "value_warmup_steps"),
+}
 
 
 def defaults_of(cls: type) -> dict[str, Any]:
@@ -152,7 +157,7 @@ def test_a_copy_with_half_of_the_sizes_changed_is_refused(changes: dict[str, int
 
 def test_sizes_that_do_not_divide_are_refused() -> None:
     with pytest.raises(ConfigError) as raised:
-        config(gradient_accumulation_steps=5, num_mini_batches=2)
+        config(per_device_train_batch_size=3, gradient_accumulation_steps=5, num_mini_batches=2)
     for words in ("gradient_accumulation_steps=5", "num_mini_batches=2", "a multiple of 2"):
         assert words in str(raised.value)
 

@@ -165,9 +165,9 @@ def test_a_local_model_and_reward_model_without_quantization(local: Path, tmp_pa
 
 @pytest.mark.slow
 def test_a_flag_that_only_fits_the_embedded_settings(tmp_path: Path) -> None:
-    # Three does not divide the four micro-batches of the embedded settings; TRL's default is one.
+    # Three does not divide the rollout batch of the embedded settings; TRL's default is one.
     done = launch(*flags(num_mini_batches=3, output_dir=tmp_path / "run"))
-    assert "error: gradient_accumulation_steps=4" in done.stderr
+    assert "gradient_accumulation_steps=4" in done.stderr
 
 
 @pytest.mark.slow

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import math
 import os
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
-from transformers import TrainingArguments
+from transformers import GenerationConfig, TrainingArguments
 from transformers.utils import is_torch_bf16_gpu_available
 
 from trl_sync.errors import ConfigError
@@ -18,14 +19,16 @@ from trl_sync.errors import ConfigError
 class PPOConfig(TrainingArguments):
     """The settings of PPO: the fields and defaults of TRL 1.12's `PPOConfig`.
 
-    Every field of `transformers.TrainingArguments` is there too. Different from TRL: `bf16`
+    Every field of `transformers.TrainingArguments` is there too, and below TRL's fields the ones it
+    does not have, all of them off by default. Different from TRL: `bf16`
     defaults to True only where the device computes bfloat16 natively, so `PPOConfig()` constructs
     on any machine; and `bf16`, `gradient_checkpointing`, `max_grad_norm`, evaluation and saving
     take effect.
 
     `per_device_train_batch_size` is the size of a micro-batch; `gradient_accumulation_steps` counts
     the micro-batches of one rollout batch, as in TRL. The stock training loop accumulates over one
-    mini-batch, so after construction the field holds that number divided by `num_mini_batches`.
+    mini-batch, so after construction the field holds the number of micro-batches of one mini-batch;
+    the last of them is smaller if `num_mini_batches` does not divide evenly.
 
     Raises:
         ConfigError: sizes that do not divide, or a setting out of its range.
@@ -154,6 +157,77 @@ class PPOConfig(TrainingArguments):
         default=False, metadata={"help": "Not supported yet: rollouts use transformers' generate."}
     )
 
+    # What TRL's PPO does not have.
+    num_generations: int = field(
+        default=1, metadata={"help": "Responses sampled for each prompt of a rollout batch."}
+    )
+    generation_config: GenerationConfig | str | None = field(
+        default=None,
+        metadata={
+            "help": "A GenerationConfig, or the path or hub name of one, that rollouts begin from."
+        },
+    )
+    generation_kwargs: dict | str | None = field(
+        default=None,
+        metadata={
+            "help": "Further arguments of generate in rollouts, as JSON (top_p, min_p, ...)."
+        },
+    )
+    chat_template_kwargs: dict | str | None = field(
+        default=None,
+        metadata={"help": "Further arguments of the chat template, as JSON."},
+    )
+    reward_weights: list[float] | None = field(
+        default=None,
+        metadata={"help": "Weight of each reward source, in their order. Default: 1.0 each."},
+    )
+    use_score_scaling: bool = field(
+        default=False,
+        metadata={"help": "Divide scores by their running standard deviation."},
+    )
+    use_score_norm: bool = field(
+        default=False,
+        metadata={"help": "With use_score_scaling: subtract the running mean first."},
+    )
+    score_clip: float | None = field(
+        default=None,
+        metadata={"help": "Clip scores to [-score_clip, score_clip], after scaling."},
+    )
+    kl_target: float | None = field(
+        default=None,
+        metadata={"help": "Adapt kl_coef so that objective/kl (nats a sequence) approaches this."},
+    )
+    kl_horizon: float = field(
+        default=10000.0, metadata={"help": "With kl_target: episodes over which kl_coef adapts."}
+    )
+    target_kl: float | None = field(
+        default=None,
+        metadata={
+            "help": "Skip the rest of an iteration once an update's policy/approxkl_avg exceeds "
+            "1.5 times this."
+        },
+    )
+    ratio_threshold: float | None = field(
+        default=None,
+        metadata={"help": "Leave out micro-batches whose mean ratio exceeds this."},
+    )
+    cliprange_high: float | None = field(
+        default=None,
+        metadata={"help": "Upper clip range of the policy's ratio. Default: cliprange."},
+    )
+    value_learning_rate: float | None = field(
+        default=None,
+        metadata={"help": "Learning rate of the value model. Default: learning_rate."},
+    )
+    value_lam: float | None = field(
+        default=None,
+        metadata={"help": "Lambda of the returns that the value model learns. Default: lam."},
+    )
+    value_warmup_steps: int = field(
+        default=0,
+        metadata={"help": "Optimizer updates in which the value model trains and the policy not."},
+    )
+
     def __post_init__(self) -> None:
         if launched_processes() > 1 and not torch.accelerator.is_available():
             # Without this accelerate looks for GPUs, finds none, and each rank trains alone.
@@ -171,6 +245,8 @@ class PPOConfig(TrainingArguments):
         best = self.load_best_model_at_end or self.save_strategy == "best"
         if best and self.metric_for_best_model is None:
             self.metric_for_best_model, self.greater_is_better = "objective/scores", True
+        for name in ("generation_kwargs", "chat_template_kwargs"):
+            setattr(self, name, _parsed(name, getattr(self, name)))
         _check_ranges(self)
         self._split_accumulation()
         if self.ddp_find_unused_parameters is None:
@@ -183,30 +259,50 @@ class PPOConfig(TrainingArguments):
         """The fields as plain data; `PPOConfig(**config.to_dict())` is a copy."""
         fields: dict[str, Any] = super().to_dict()
         # transformers takes every name that ends in `_token` for a secret and hides its value.
-        return fields | {"stop_token": self.stop_token}
+        fields["stop_token"] = self.stop_token
+        if isinstance(self.generation_config, GenerationConfig):
+            fields["generation_config"] = self.generation_config.to_dict()
+        return fields
 
     def _split_accumulation(self) -> None:
-        """Divides the accumulation by the mini-batches, once, also when a copy is made."""
+        """Turns micro-batches of a rollout batch into those of a mini-batch; a copy has them."""
         steps = int(self.gradient_accumulation_steps)
-        per_device = self.per_device_train_batch_size
-        if self.local_batch_size is not None:
-            already_split = per_device * steps * self.num_mini_batches == self.local_batch_size
-            if already_split:
-                return
-            if per_device * steps != self.local_batch_size:
-                raise ConfigError(
-                    f"local_batch_size={self.local_batch_size} is computed from "
-                    f"per_device_train_batch_size={per_device} and gradient_accumulation_steps="
-                    f"{steps}, and does not fit them: leave it unset."
-                )
-        if steps % self.num_mini_batches:
+        per_device, parts = self.per_device_train_batch_size, self.num_mini_batches
+        local_batch_size = self.local_batch_size
+        if local_batch_size is None:
+            local_batch_size = per_device * steps
+        split = math.ceil(local_batch_size / parts / per_device)
+        if steps != split and per_device * steps != local_batch_size:
             raise ConfigError(
-                f"gradient_accumulation_steps={steps} micro-batches do not divide into "
-                f"num_mini_batches={self.num_mini_batches} equal mini-batches: use a multiple of "
-                f"{self.num_mini_batches}."
+                f"local_batch_size={local_batch_size} is computed from per_device_train_batch_size="
+                f"{per_device} and gradient_accumulation_steps={steps}, and does not fit them: "
+                "leave it unset."
             )
-        self.local_batch_size = per_device * steps
-        self.gradient_accumulation_steps = steps // self.num_mini_batches
+        if local_batch_size % parts:
+            raise ConfigError(
+                f"A rollout batch of {local_batch_size} episodes on each process "
+                f"(per_device_train_batch_size={per_device} x gradient_accumulation_steps={steps}) "
+                f"does not divide into num_mini_batches={parts} equal mini-batches: use a multiple "
+                f"of {parts}."
+            )
+        self.local_batch_size = local_batch_size
+        self.gradient_accumulation_steps = split
+
+
+def _parsed(name: str, value: Any) -> dict[str, Any] | None:
+    """A dictionary from itself or from JSON, which is how the command line gives it.
+
+    Raises:
+        ConfigError: it is neither.
+    """
+    if isinstance(value, str):
+        try:
+            value = json.loads(value)
+        except json.JSONDecodeError as error:
+            raise ConfigError(f"{name}={value!r} is not JSON: {error}.") from error
+    if value is not None and not isinstance(value, dict):
+        raise ConfigError(f"{name} must be a dictionary, got {value!r}.")
+    return value
 
 
 def _world_size(self: PPOConfig) -> int:
@@ -249,17 +345,25 @@ def _check_ranges(config: PPOConfig) -> None:
     positive = (
         *("num_mini_batches", "num_ppo_epochs", "response_length", "temperature"),
         *("local_rollout_forward_batch_size", "per_device_train_batch_size"),
-        *("gradient_accumulation_steps", "cliprange", "cliprange_value"),
+        *("gradient_accumulation_steps", "cliprange", "cliprange_value", "cliprange_high"),
+        *("num_generations", "score_clip", "kl_target", "kl_horizon", "target_kl"),
+        "ratio_threshold",
     )
-    for name in positive:
-        if not getattr(config, name) > 0:
-            raise ConfigError(f"{name} must be positive, got {getattr(config, name)}.")
-    for name in ("kl_coef", "vf_coef", "num_sample_generations"):
-        if not getattr(config, name) >= 0:
-            raise ConfigError(f"{name} must not be negative, got {getattr(config, name)}.")
-    for name in ("gamma", "lam"):
-        if not 0 <= getattr(config, name) <= 1:
-            raise ConfigError(f"{name} must lie between 0 and 1, got {getattr(config, name)}.")
+    not_negative = (
+        *("kl_coef", "vf_coef", "num_sample_generations"),
+        *("value_learning_rate", "value_warmup_steps"),
+    )
+    for name, value in _set_fields(config, positive):
+        if not value > 0:
+            raise ConfigError(f"{name} must be positive, got {value}.")
+    for name, value in _set_fields(config, not_negative):
+        if not value >= 0:
+            raise ConfigError(f"{name} must not be negative, got {value}.")
+    for name, value in _set_fields(config, ("gamma", "lam", "value_lam")):
+        if not 0 <= value <= 1:
+            raise ConfigError(f"{name} must lie between 0 and 1, got {value}.")
+    if config.use_score_norm and not config.use_score_scaling:
+        raise ConfigError("use_score_norm has no effect without use_score_scaling: set both.")
     if config.total_episodes is not None and config.total_episodes <= 0:
         raise ConfigError(f"total_episodes must be positive, got {config.total_episodes}.")
     if config.stop_token not in (None, "eos"):
@@ -273,6 +377,12 @@ def _check_ranges(config: PPOConfig) -> None:
             f"missing_eos_penalty is subtracted and must be positive, got "
             f"{config.missing_eos_penalty}."
         )
+
+
+def _set_fields(config: PPOConfig, names: tuple[str, ...]) -> list[tuple[str, Any]]:
+    """Those fields with their values that are not left unset."""
+    fields = [(name, getattr(config, name)) for name in names]
+    return [(name, value) for name, value in fields if value is not None]
 
 
 def _num_iterations(config: PPOConfig, batch_size: int, iterations_per_epoch: int) -> int:
@@ -361,7 +471,8 @@ class BatchPlan:
 
     @property
     def micro_batches_per_iteration(self) -> int:
-        return self.num_ppo_epochs * (self.local_batch_size // self.local_micro_batch_size)
+        micro_batches = math.ceil(self.local_mini_batch_size / self.local_micro_batch_size)
+        return self.updates_per_iteration * micro_batches
 
     def fill_in(self, config: PPOConfig) -> None:
         """Writes the sizes that TRL scripts read into the config's computed fields.
