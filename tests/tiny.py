@@ -63,7 +63,7 @@ def llama(seed: int = 0, **changes: Any) -> LlamaForCausalLM:
 
 def reward_llama(seed: int = 1, **changes: Any) -> LlamaForSequenceClassification:
     torch.manual_seed(seed)
-    return LlamaForSequenceClassification(llama_config(num_labels=1, **changes))
+    return LlamaForSequenceClassification(llama_config(**({"num_labels": 1} | changes)))
 
 
 def prompts(number: int = 64) -> Dataset:

@@ -17,6 +17,8 @@ from transformers import (
     GPTJForCausalLM,
     LlamaForSequenceClassification,
     PreTrainedTokenizerFast,
+    T5Config,
+    T5ForConditionalGeneration,
     TrainingArguments,
 )
 
@@ -106,7 +108,7 @@ def test_tokenizer_and_dataset(
 @pytest.mark.parametrize(
     "message, settings",
     [
-        ("do not divide into num_mini_batches=3", {"num_mini_batches": 3}),
+        ("does not divide into num_mini_batches=3", {"num_mini_batches": 3}),
         ("max_steps=6 .* inside an iteration of 4", {"max_steps": 6, "total_episodes": None}),
         ("use_vllm=True does not work", {"use_vllm": True}),
         ("torch_compile=True does not work", {"torch_compile": True}),
@@ -203,6 +205,18 @@ def with_a_frozen_adapter() -> dict[str, Any]:
     return {"model": backbone}
 
 
+def with_the_policys_trunk_as_value_model() -> dict[str, Any]:
+    model, value_model = tiny.llama(), tiny.reward_llama()
+    value_model.model = model.model
+    return {"model": model, "value_model": value_model}
+
+
+def tiny_t5() -> T5ForConditionalGeneration:
+    return T5ForConditionalGeneration(
+        T5Config(vocab_size=64, d_model=16, d_kv=8, d_ff=32, num_layers=1, num_heads=2)
+    )
+
+
 def unknown_head() -> GPTJForCausalLM:
     return GPTJForCausalLM(
         GPTJConfig(vocab_size=64, n_positions=64, n_embd=16, n_layer=1, n_head=2, rotary_dim=4)
@@ -214,17 +228,53 @@ def unknown_head() -> GPTJForCausalLM:
     [
         ("the same object", with_itself_as_reference),
         ("ref_model was given", with_its_copy_as_reference),
-        ("value_model was given", lambda: {"value_model": tiny.reward_llama()}),
-        ("data_collator is not used", lambda: {"data_collator": list}),
+        ("value_model is a LlamaForCausalLM", lambda: {"value_model": tiny.llama()}),
+        (
+            "value_model has 2 labels",
+            lambda: {"value_model": tiny.reward_llama(num_labels=2)},
+        ),
+        ("value_model is a str", lambda: {"value_model": "some/model"}),
+        (
+            "is an encoder-decoder model",
+            lambda: {"model": tiny_t5(), "value_model": tiny.reward_llama()},
+        ),
+        (
+            "has no LM head",
+            lambda: {"model": tiny.llama().model, "value_model": tiny.reward_llama()},
+        ),
+        (
+            "PROMPT_TUNING adapters add prompt tokens",
+            lambda: {
+                "model": get_peft_model(
+                    tiny.llama(),
+                    PromptTuningConfig(num_virtual_tokens=2, task_type="CAUSAL_LM"),
+                ),
+                "value_model": tiny.reward_llama(),
+            },
+        ),
+        (
+            "The model has adapters already, and peft_config would add",
+            lambda: {
+                "model": adapted(),
+                "value_model": tiny.reward_llama(),
+                "peft_config": runs.lora(),
+            },
+        ),
+        ("must be a PeftConfig", lambda: {"value_model": tiny.reward_llama(), "peft_config": 3}),
+        ("belongs to policy and value", with_the_policys_trunk_as_value_model),
+        (
+            "value_model was given with a SharedBackbone",
+            lambda: {"model": SharedBackbone(tiny.llama()), "value_model": tiny.reward_llama()},
+        ),
         ("got str", lambda: {"model": "some/model"}),
         ("model type 'gptj' is not known", lambda: {"model": unknown_head()}),
-        ("already has adapters. Load", lambda: {"model": adapted()}),
+        ("already has adapters. For a shared", lambda: {"model": adapted()}),
         (
             "already has adapters, and peft_config would add",
             lambda: {"model": adapted(), "peft_config": runs.lora()},
         ),
         (
-            "with a SharedBackbone, which has its adapters already",
+            "peft_config was given with a SharedBackbone",
             lambda: {"model": SharedBackbone(tiny.llama()), "peft_config": runs.lora()},
         ),
         ("requires_grad is False", with_a_frozen_adapter),

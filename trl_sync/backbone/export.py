@@ -1,7 +1,8 @@
-"""Save and reload what PPO trains: the policy adapter, and the value adapter with its head.
+"""Save and reload what PPO trains: the policy, and the value model beside it in `value/`.
 
-The policy is written in PEFT's own layout, so `PeftModel.from_pretrained(base, folder)` loads it
-without this package. The value model lies beside it in `value/`. The base is never written.
+On a shared backbone these are the policy adapter, and the value adapter with its head, in PEFT's
+own layout: `PeftModel.from_pretrained(base, folder)` loads the policy without this package. The
+base is never written. Separate models are written as their `save_pretrained` does.
 """
 
 from __future__ import annotations
@@ -14,13 +15,38 @@ from peft import PeftConfig, get_peft_model_state_dict, set_peft_model_state_dic
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from trl_sync.backbone.model_files import ADAPTER_WEIGHTS as ADAPTER_WEIGHTS
+from trl_sync.backbone.model_files import load_weights, save_weights
 from trl_sync.backbone.roles import POLICY, VALUE
+from trl_sync.backbone.separate import SeparateModels
 from trl_sync.backbone.shared import SharedBackbone
 from trl_sync.errors import CheckpointError
 
-ADAPTER_WEIGHTS = "adapter_model.safetensors"
 VALUE_FOLDER = "value"
 VALUE_HEAD = "value_head.safetensors"
+
+
+def save_models(models: SharedBackbone | SeparateModels, folder: Path) -> list[str]:
+    """Writes policy and value model; returns the files with weights, relative to `folder`."""
+    if isinstance(models, SeparateModels):
+        of_policy = save_weights(models.policy, folder)
+        of_value = save_weights(models.value_model, folder / VALUE_FOLDER)
+        return [*of_policy, *(f"{VALUE_FOLDER}/{name}" for name in of_value)]
+    save_adapters(models, folder)
+    return [ADAPTER_WEIGHTS, f"{VALUE_FOLDER}/{ADAPTER_WEIGHTS}", f"{VALUE_FOLDER}/{VALUE_HEAD}"]
+
+
+def load_models(models: SharedBackbone | SeparateModels, folder: Path) -> None:
+    """Reads back what `save_models` wrote, in place.
+
+    Raises:
+        CheckpointError: a file is missing, unreadable or of another model.
+    """
+    if isinstance(models, SeparateModels):
+        load_weights(models.policy, folder)
+        load_weights(models.value_model, folder / VALUE_FOLDER)
+    else:
+        load_adapters(models, folder)
 
 
 def save_adapters(backbone: SharedBackbone, folder: Path) -> None:

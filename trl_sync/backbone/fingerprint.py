@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 import torch
 import xxhash
@@ -29,9 +29,14 @@ def base_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
 
 
 def fingerprint(model: nn.Module) -> str:
-    """xxh3-128 over names, dtypes, shapes and bytes of `base_tensors(model)`, as 32 hex digits."""
+    """`fingerprint_of` the base tensors of `model`."""
+    return fingerprint_of(base_tensors(model))
+
+
+def fingerprint_of(tensors: Iterable[tuple[str, Tensor]]) -> str:
+    """xxh3-128 over names, dtypes, shapes and bytes of all tensors, as 32 hex digits."""
     digest = xxhash.xxh3_128()
-    for name, tensor in sorted(base_tensors(model), key=lambda item: item[0]):
+    for name, tensor in sorted(tensors, key=lambda item: item[0]):
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
         flat = tensor.detach().contiguous().view(-1).cpu()
         if flat.numel():

@@ -55,6 +55,11 @@ _POST_PROCESSING: dict[str, Callable[[Tensor, Any], Tensor]] = {
 }
 
 
+def knows_head(model: Any) -> bool:
+    """Whether `CausalHead` knows what this architecture does to its logits."""
+    return model.config.model_type in _POST_PROCESSING
+
+
 class CausalHead:
     """The LM head of a causal model as a function of hidden states, with its post-processing.
 

@@ -5,8 +5,8 @@ Checked on transformers 5.23.0; tests/ppo/test_checkpoint.py fails when one of t
 | method | why the stock one does not do |
 |---|---|
 | `_maybe_log_save_evaluate` | a checkpoint inside an iteration could not be resumed |
-| `_save` | it would write the base, and nothing of the value model by itself |
-| `_load_from_checkpoint` | it looks for a whole model or one PEFT adapter |
+| `_save` | it would write frozen models, and nothing of the value model by itself |
+| `_load_from_checkpoint` | it looks for one whole model or one PEFT adapter |
 | `_load_best_model` | likewise |
 """
 
@@ -23,14 +23,8 @@ from transformers.trainer import TRAINER_STATE_NAME, TRAINING_ARGS_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, IntervalStrategy, SaveStrategy
 from transformers.utils import logging
 
-from trl_sync.backbone.export import (
-    ADAPTER_WEIGHTS,
-    VALUE_FOLDER,
-    VALUE_HEAD,
-    load_adapters,
-    save_adapters,
-)
-from trl_sync.backbone.fingerprint import fingerprint
+from trl_sync.backbone.export import load_models, save_models
+from trl_sync.backbone.fingerprint import fingerprint_of
 from trl_sync.errors import CheckpointError
 from trl_sync.ppo.config import BatchPlan, PPOConfig
 from trl_sync.ppo.rollout import Sampling
@@ -41,7 +35,7 @@ STATE_FILE = "ppo_state.json"
 
 
 class CheckpointMixin(Trainer):
-    """Checkpoints of adapters, value head and position; never of the base.
+    """Checkpoints of what trains and of the position; never of a frozen base or reference.
 
     A checkpoint lies at the end of an iteration: a save that falls inside one happens at its last
     update. What it holds continues a run bit for bit.
@@ -110,22 +104,34 @@ class CheckpointMixin(Trainer):
             return
         folder = Path(output_dir or self.args.output_dir)
         folder.mkdir(parents=True, exist_ok=True)
-        save_adapters(self.backbone, folder)
-        (folder / STATE_FILE).write_text(json.dumps(self._identity(), indent=2) + "\n")
+        files = save_models(self.backbone, folder)
+        state = self._identity() | {"files": files, "state": self._own_state()}
+        (folder / STATE_FILE).write_text(json.dumps(state, indent=2) + "\n")
         if self.processing_class is not None:
             self.processing_class.save_pretrained(folder)
         torch.save(self.args, folder / TRAINING_ARGS_NAME)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        load_adapters(self.backbone, Path(resume_from_checkpoint))
+        folder = Path(resume_from_checkpoint)
+        load_models(self.backbone, folder)
+        saved = _read_json(folder / STATE_FILE).get("state", {})
+        for name, part in self._stateful().items():
+            part.load_state_dict(saved[name])
 
     def _load_best_model(self) -> None:
-        load_adapters(self.backbone, Path(self.state.best_model_checkpoint))
+        load_models(self.backbone, Path(self.state.best_model_checkpoint))
+
+    def _stateful(self) -> dict[str, Any]:
+        """What else a run carries from one iteration to the next, by its name in a checkpoint."""
+        return {}
+
+    def _own_state(self) -> dict[str, Any]:
+        return {name: part.state_dict() for name, part in self._stateful().items()}
 
     def _identity(self) -> dict[str, Any]:
         """What must be the same for a run to continue from a checkpoint."""
         if self._base_fingerprint is None:
-            self._base_fingerprint = fingerprint(self.backbone.causal_model)
+            self._base_fingerprint = fingerprint_of(self.backbone.frozen_tensors())
         args: PPOConfig = self.args
         return {
             "base_fingerprint": self._base_fingerprint,
@@ -175,7 +181,7 @@ def missing_files(folder: Path) -> list[str]:
     saved = _read_json(folder / STATE_FILE)
     ranks = int(saved.get("world_size", 1))
     names = ["rng_state.pth"] if ranks == 1 else [f"rng_state_{rank}.pth" for rank in range(ranks)]
-    names += [ADAPTER_WEIGHTS, f"{VALUE_FOLDER}/{ADAPTER_WEIGHTS}", f"{VALUE_FOLDER}/{VALUE_HEAD}"]
+    names += saved.get("files", [])
     missing = [name for name in names if not (folder / name).is_file()]
     # Without a file the stock loop would begin with a fresh optimizer, in silence. DeepSpeed keeps
     # optimizer and scheduler in a folder that it names in `latest`.

@@ -8,11 +8,6 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from peft import PeftModel
-from transformers import PreTrainedModel
-
-from trl_sync.backbone.roles import POLICY
-from trl_sync.backbone.shared import SharedBackbone
 from trl_sync.errors import ConfigError
 from trl_sync.ppo.config import PPOConfig, launched_processes
 from trl_sync.ppo.rollout import Sampling
@@ -67,12 +62,6 @@ def check_settings(args: Any) -> None:
             raise ConfigError(
                 f"{name}={getattr(args, name)} does not work with PPO here: {reason}."
             )
-    for name, own in (("model_adapter_name", POLICY), ("ref_adapter_name", "reference")):
-        if getattr(args, name) not in (None, own):
-            raise ConfigError(
-                f"{name}={getattr(args, name)!r} is not supported: on a shared backbone that "
-                f"adapter is called {own!r}. Leave {name} unset."
-            )
     for name in _WITHOUT_EFFECT:
         if getattr(args, name) != _default(name):
             raise ConfigError(
@@ -111,46 +100,6 @@ def check_stop_tokens(args: PPOConfig, sampling: Sampling) -> None:
         raise ConfigError(
             f"missing_eos_penalty={args.missing_eos_penalty} would fall on every response, because "
             "none can stop: set stop_token='eos' or stop_token_id."
-        )
-
-
-def check_models(
-    model: Any, ref_model: Any, value_model: Any, data_collator: Any, peft_config: Any
-) -> None:
-    """Nothing, if the models make up one shared backbone.
-
-    Raises:
-        ConfigError: names the model and what to pass instead.
-    """
-    if ref_model is not None and ref_model is model:
-        raise ConfigError(
-            "model and ref_model are the same object: the reference would train with the policy. "
-            "Pass ref_model=None: the frozen base is the reference."
-        )
-    given = {"ref_model": ref_model, "value_model": value_model}
-    for name, value in given.items():
-        if value is not None:
-            raise ConfigError(
-                f"{name} was given, but on a shared backbone that role is a view of the base. Pass "
-                f"{name}=None."
-            )
-    if data_collator is not None:
-        raise ConfigError("data_collator is not used: prompts are padded here. Leave it out.")
-    if isinstance(model, SharedBackbone):
-        if peft_config is not None:
-            raise ConfigError(
-                "peft_config was given with a SharedBackbone, which has its adapters already: give "
-                "it to the SharedBackbone instead."
-            )
-    elif isinstance(model, PeftModel) or getattr(model, "peft_config", None):
-        raise ConfigError(
-            "The model already has adapters"
-            + (", and peft_config would add others on top" if peft_config is not None else "")
-            + ". Load base and SFT adapter with trl_sync.backbone.load_shared_backbone."
-        )
-    elif not isinstance(model, PreTrainedModel):
-        raise ConfigError(
-            f"model must be a causal LM or a SharedBackbone, got {type(model).__name__}."
         )
 
 

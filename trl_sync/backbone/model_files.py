@@ -1,0 +1,92 @@
+"""Weights of a whole model, of its adapters or of its trained part, to files and back in place."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
+from safetensors import SafetensorError
+from safetensors.torch import load_file, load_model, save_file, save_model
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from trl_sync.errors import CheckpointError
+
+ADAPTER_WEIGHTS = "adapter_model.safetensors"
+TRAINED_WEIGHTS = "trained_parameters.safetensors"
+MODULE_WEIGHTS = "module.safetensors"
+
+
+def save_weights(model: Any, folder: Path) -> list[str]:
+    """Writes `model` into `folder` and returns the names of the files that hold its weights.
+
+    A PEFT model and a whole transformers model are written as `save_pretrained` does; of a
+    quantized model without adapters only what trains; of another module its state.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    if isinstance(model, PeftModel):
+        # "auto" would ask the model hub whether the vocabulary was resized.
+        model.save_pretrained(str(folder), save_embedding_layers=False)
+    elif getattr(model, "is_quantized", False):
+        save_file(_trained(model), folder / TRAINED_WEIGHTS)
+        model.config.save_pretrained(str(folder))
+    elif isinstance(model, PreTrainedModel):
+        model.save_pretrained(str(folder))
+    else:
+        save_model(model, str(folder / MODULE_WEIGHTS))
+    return sorted(file.name for file in folder.glob("*.safetensors*"))
+
+
+def load_weights(model: Any, folder: Path) -> None:
+    """Reads back what `save_weights` wrote, in place; dtypes and devices stay.
+
+    Raises:
+        CheckpointError: a file is missing, unreadable or of another model.
+    """
+    try:
+        if isinstance(model, PeftModel):
+            _load_adapter(model, folder / ADAPTER_WEIGHTS)
+        elif getattr(model, "is_quantized", False):
+            _copy(_trained(model), load_file(folder / TRAINED_WEIGHTS), folder)
+        elif isinstance(model, PreTrainedModel):
+            # transformers may store weights under other names than the module has; reading them
+            # with it, in fp32, is exact for every dtype.
+            saved = type(model).from_pretrained(str(folder), dtype=torch.float32)
+            _copy(model.state_dict(), saved.state_dict(), folder)
+        else:
+            load_model(model, str(folder / MODULE_WEIGHTS))
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"{folder} cannot be read: {error}") from error
+
+
+def _load_adapter(model: PeftModel, file: Path) -> None:
+    found = load_file(file)
+    own = get_peft_model_state_dict(model, save_embedding_layers=False)
+    _check_shapes(own, found, file)
+    set_peft_model_state_dict(model, found)
+
+
+def _trained(model: nn.Module) -> dict[str, Tensor]:
+    return {n: p.detach() for n, p in model.named_parameters() if p.requires_grad}
+
+
+@torch.no_grad()
+def _copy(own: dict[str, Tensor], found: dict[str, Tensor], folder: Path) -> None:
+    _check_shapes(own, found, folder)
+    for name, tensor in own.items():
+        tensor.copy_(found[name])
+
+
+def _check_shapes(own: dict[str, Tensor], found: dict[str, Tensor], place: Path) -> None:
+    different = sorted(
+        name
+        for name in own.keys() | found.keys()
+        if name not in own or name not in found or own[name].shape != found[name].shape
+    )
+    if different:
+        raise CheckpointError(
+            f"{place} does not fit this model: {len(different)} tensors differ, for example "
+            f"{different[0]}. Was another model, or were other LoRA options, used?"
+        )

@@ -1,0 +1,405 @@
+"""SeparateModels: policy, value model and reference as models of their own, as in TRL."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float, Int
+from peft import (
+    PeftConfig,
+    PeftModel,
+    get_peft_model,
+    get_peft_model_state_dict,
+    set_peft_model_state_dict,
+)
+from peft.tuners.lora import LoraLayer
+from torch import Tensor, nn
+from transformers import GenerationConfig, PreTrainedModel
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.utils import logging
+
+from trl_sync.backbone.fingerprint import base_tensors
+from trl_sync.backbone.generation import evaluation_mode, own_generation_config
+from trl_sync.backbone.logprob import (
+    CHUNK_BYTES,
+    CausalHead,
+    chunked_token_statistics,
+    knows_head,
+    token_statistics,
+)
+from trl_sync.backbone.quantization import check_not_repacked, keep_packed_weights
+from trl_sync.backbone.roles import POLICY, REFERENCE, VALUE, Role, RoleState, freeze
+from trl_sync.backbone.scalar_head import find_scalar_head, without_adapters
+from trl_sync.backbone.separate_checks import check_policy, check_value_model
+from trl_sync.errors import ConfigError
+from trl_sync.quantization_state import quantization_tensors
+
+RoleOutputs = dict[str, dict[str, Tensor]]
+
+logger = logging.get_logger(__name__)
+
+
+class SeparateModels(nn.Module):
+    """A policy, a value model and a reference, each full, PEFT or quantized.
+
+    | role | model | trained |
+    |---|---|---|
+    | policy | `policy`: a causal LM | what of it requires gradients |
+    | value | `value_model`: one number a token, by a `score` head or a `v_head` | likewise |
+    | reference | `ref_model`; without it the policy as it was in the beginning | no |
+
+    Without `ref_model` the reference is, for a plain causal LM, a frozen copy of it; with
+    `peft_config`, the policy without its new adapter; for a PEFT model, the adapter
+    `ref_adapter_name` or else a frozen copy of its active adapter.
+
+    All of it stays in evaluation mode: dropout never runs, but for LoRA's own in `train()`.
+
+    Raises:
+        ConfigError: models that cannot play their roles; the message names the model and says what
+            to pass instead.
+    """
+
+    def __init__(
+        self,
+        policy: PreTrainedModel | PeftModel,
+        value_model: nn.Module,
+        ref_model: nn.Module | None = None,
+        peft_config: PeftConfig | None = None,
+        *,
+        model_adapter_name: str | None = None,
+        ref_adapter_name: str | None = None,
+        logprob_chunk_bytes: int = CHUNK_BYTES,
+    ) -> None:
+        super().__init__()
+        check_policy(policy, peft_config)
+        check_value_model(value_model)
+        for model in (policy, value_model):
+            check_not_repacked(model)
+        self.logprob_chunk_bytes = logprob_chunk_bytes
+        self._reference_adapter: str | None = None
+        if ref_model is None and not isinstance(policy, PeftModel) and peft_config is None:
+            ref_model = copy.deepcopy(policy)
+        elif ref_model is None and isinstance(policy, PeftModel):
+            self._reference_adapter = ref_adapter_name or _copy_adapter(policy, model_adapter_name)
+        if peft_config is not None:
+            policy = get_peft_model(policy, copy.deepcopy(peft_config))
+        self.policy = policy
+        self.value_model = value_model
+        self.ref_model = None if ref_model is None else freeze(ref_model)
+        for model in (policy, value_model, ref_model):
+            if model is not None:
+                keep_packed_weights(model)
+        _freeze_unused_head(value_model)
+        self.roles = {
+            POLICY: Role(name=POLICY, adapter=_active_adapter(policy), trainable=True),
+            VALUE: Role(name=VALUE, adapter=_active_adapter(value_model), trainable=True),
+            REFERENCE: Role(name=REFERENCE, adapter=self._reference_adapter, trainable=False),
+        }
+        self.train(False)
+
+    @property
+    def causal_model(self) -> PreTrainedModel:
+        """The policy's causal LM; adapters sit in its layers."""
+        return without_adapters(self.policy)
+
+    @property
+    def config(self) -> Any:
+        return self.causal_model.config
+
+    @property
+    def is_gradient_checkpointing(self) -> bool:
+        return bool(getattr(self.causal_model, "is_gradient_checkpointing", False))
+
+    @property
+    def _no_split_modules(self) -> Any:
+        return getattr(self.causal_model, "_no_split_modules", None)
+
+    def train(self, mode: bool = True) -> SeparateModels:
+        """Training mode for LoRA dropout only; every model stays in evaluation mode.
+
+        The layers that decide on gradient checkpointing by their own flag get it; what they
+        contain does not.
+        """
+        super().train(False)
+        self.training = mode
+        for model in (self.policy, self.value_model):
+            for module in model.modules():
+                if isinstance(module, GradientCheckpointingLayer):
+                    module.training = mode
+                elif isinstance(module, LoraLayer):
+                    module.lora_dropout.train(mode)
+        return self
+
+    def activation_checkpointing_enable(
+        self,
+        activation_checkpointing_kwargs: dict[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Recompute the activations of policy and value model in backward."""
+        options = {"use_reentrant": False} | dict(activation_checkpointing_kwargs or {})
+        for model in (self.causal_model, _transformers_model(self.value_model)):
+            if not getattr(model, "supports_gradient_checkpointing", False):
+                logger.warning(
+                    f"{type(model).__name__} has no gradient checkpointing: its activations stay."
+                )
+                continue
+            model.activation_checkpointing_enable(options, **kwargs)
+            if options["use_reentrant"]:
+                # The reentrant kind needs a gradient at its input, which frozen layers lack.
+                model.enable_input_require_grads()
+            else:
+                model.disable_input_require_grads()
+
+    def gradient_checkpointing_enable(
+        self, gradient_checkpointing_kwargs: dict[str, Any] | None = None, **kwargs: Any
+    ) -> None:
+        """The older name of `activation_checkpointing_enable`."""
+        self.activation_checkpointing_enable(gradient_checkpointing_kwargs, **kwargs)
+
+    def activation_checkpointing_disable(self) -> None:
+        """Keep activations instead of recomputing them."""
+        for model in (self.causal_model, _transformers_model(self.value_model)):
+            model.activation_checkpointing_disable()
+
+    def gradient_checkpointing_disable(self) -> None:
+        """The older name of `activation_checkpointing_disable`."""
+        self.activation_checkpointing_disable()
+
+    def forward(
+        self,
+        input_ids: Int[Tensor, "B T"],
+        attention_mask: Bool[Tensor, "B T"],
+        response_mask: Bool[Tensor, "B R"],
+        roles: Sequence[str] = (POLICY, VALUE),
+        temperature: float = 1.0,
+    ) -> RoleOutputs:
+        """What each role says about the last R tokens.
+
+        Language-model roles give `logprobs` and `entropies` (nats, of softmax(logits /
+        temperature)), the value role gives `values`; all [B, R] in fp32, 0.0 where
+        `response_mask` is False. Prompts are padded on the left, responses on the right.
+        """
+        inputs = _inputs(input_ids[:, :-1], attention_mask[:, :-1])
+        tokens = input_ids[:, -response_mask.shape[1] :]
+        outputs: RoleOutputs = {}
+        for role in roles:
+            if role == VALUE:
+                outputs[role] = {"values": self._values(inputs, response_mask)}
+            else:
+                with self._language_model(role) as model:
+                    outputs[role] = self._statistics(
+                        model, inputs, tokens, response_mask, temperature
+                    )
+        return outputs
+
+    @torch.no_grad()
+    def generate(
+        self,
+        input_ids: Int[Tensor, "B P"],
+        attention_mask: Bool[Tensor, "B P"],
+        generation_config: GenerationConfig,
+        role: str = POLICY,
+        **kwargs: Any,
+    ) -> Int[Tensor, "B T"]:
+        """Prompts with a continuation of `role`, sampled exactly as `generation_config` says.
+
+        Runs in evaluation mode, and nothing is inherited from the model's own generation config.
+        """
+        with (
+            evaluation_mode(self),
+            self._language_model(role) as model,
+            own_generation_config(model, generation_config),
+        ):
+            return model.generate(
+                input_ids=input_ids.masked_fill(~attention_mask.bool(), 0),
+                attention_mask=attention_mask.long(),
+                **kwargs,
+            )
+
+    def role_parameters(self, role: str) -> Iterator[tuple[str, nn.Parameter]]:
+        """The named parameters that train for `role`; for the reference, those of its model."""
+        if role == REFERENCE:
+            if self.ref_model is not None:
+                yield from self.ref_model.named_parameters(prefix="ref_model")
+            return
+        prefix, model = {
+            POLICY: ("policy", self.policy),
+            VALUE: ("value_model", self.value_model),
+        }[role]
+        for name, parameter in model.named_parameters(prefix=prefix):
+            if parameter.requires_grad:
+                yield name, parameter
+
+    def sync_roles(self) -> dict[str, RoleState]:
+        """Each role with what it must keep, for an audit."""
+        states = {
+            role: RoleState(
+                trainable=True,
+                parameters=tuple(p for _, p in self.role_parameters(role)),
+                modules=(),
+            )
+            for role in (POLICY, VALUE)
+        }
+        frozen = [p for p in self.policy.parameters() if not p.requires_grad]
+        runs = self.causal_model if self.ref_model is None else self.ref_model
+        own = frozen if self.ref_model is None else list(self.ref_model.parameters())
+        states[REFERENCE] = RoleState(
+            trainable=False,
+            parameters=tuple(own),
+            modules=tuple(m for name, m in runs.named_modules() if ".lora_" not in name),
+        )
+        return states
+
+    def frozen_tensors(self) -> Iterator[tuple[str, Tensor]]:
+        """What the reference consists of; nothing of it may differ when a run continues."""
+        if self.ref_model is not None:
+            yield from base_tensors(self.ref_model)
+            return
+        trained = {name for name, p in self.policy.named_parameters() if p.requires_grad}
+        for name, parameter in self.policy.named_parameters():
+            if name not in trained:
+                yield name, parameter
+        yield from quantization_tensors(self.policy)
+
+    def check_roles(self) -> None:
+        """Nothing, if policy and value model train, the reference does not, and none shares.
+
+        Raises:
+            ConfigError: names the first parameter that breaks this.
+        """
+        owners: dict[int, str] = {}
+        for role in (POLICY, VALUE):
+            named = list(self.role_parameters(role))
+            if not named:
+                raise ConfigError(
+                    f"The {role} model has no parameter that requires a gradient, so it cannot "
+                    "train: was it frozen?"
+                )
+            for name, parameter in named:
+                owner = owners.setdefault(id(parameter), role)
+                if owner != role:
+                    raise ConfigError(
+                        f"{name} belongs to {owner} and {role}: load the model twice."
+                    )
+        for name, parameter in self.role_parameters(REFERENCE):
+            if parameter.requires_grad or id(parameter) in owners:
+                raise ConfigError(
+                    f"{name} of the reference trains: pass ref_model a model of its own, or None."
+                )
+
+    @contextlib.contextmanager
+    def _language_model(self, role: str) -> Iterator[Any]:
+        """The causal LM that plays `role` within the block."""
+        if role == POLICY:
+            yield self.causal_model
+        elif self.ref_model is not None:
+            yield without_adapters(self.ref_model)
+        else:
+            with reference_adapter(self.policy, self._reference_adapter):
+                yield self.causal_model
+
+    def _values(self, inputs: dict[str, Tensor], mask: Bool[Tensor, "B R"]) -> Float[Tensor, "B R"]:
+        head = find_scalar_head(self.value_model)
+        assert head is not None  # checked when the models came
+        hidden = head.trunk(**inputs, use_cache=False).last_hidden_state
+        return head(hidden[:, -mask.shape[1] :]).masked_fill(~mask, 0.0)
+
+    def _statistics(
+        self,
+        model: Any,
+        inputs: dict[str, Tensor],
+        tokens: Int[Tensor, "B R"],
+        mask: Bool[Tensor, "B R"],
+        temperature: float,
+    ) -> dict[str, Tensor]:
+        num_response = mask.shape[1]
+        if knows_head(model):
+            trunk = getattr(model, model.base_model_prefix)
+            hidden = trunk(**inputs, use_cache=False).last_hidden_state[:, -num_response:]
+            head = CausalHead(model)
+            statistics = chunked_token_statistics(
+                hidden[mask],
+                tokens[mask],
+                head,
+                vocabulary_size=head.vocabulary_size,
+                temperature=temperature,
+                chunk_bytes=self.logprob_chunk_bytes,
+            )
+        else:
+            logits = model(**inputs, use_cache=False).logits[:, -num_response:]
+            statistics = token_statistics(logits[mask], tokens[mask], temperature)
+        zeros = torch.zeros(mask.shape, dtype=torch.float32, device=mask.device)
+        names = ("logprobs", "entropies")
+        return {
+            name: zeros.masked_scatter(mask, found)
+            for name, found in zip(names, statistics, strict=True)
+        }
+
+
+@contextlib.contextmanager
+def reference_adapter(policy: PeftModel, adapter: str | None) -> Iterator[None]:
+    """Within the block `policy` runs with `adapter`, or with none; for passes without gradients.
+
+    PEFT turns gradients off and on with the active adapter; afterwards they are as before.
+    """
+    flags = [(parameter, parameter.requires_grad) for parameter in policy.parameters()]
+    active = policy.active_adapter
+    try:
+        if adapter is None:
+            with policy.disable_adapter():
+                yield
+        else:
+            policy.set_adapter(adapter)
+            yield
+    finally:
+        if adapter is not None:
+            policy.set_adapter(active)
+        for parameter, flag in flags:
+            parameter.requires_grad_(flag)
+
+
+def _inputs(
+    input_ids: Int[Tensor, "B T"], attention_mask: Bool[Tensor, "B T"]
+) -> dict[str, Tensor]:
+    mask = attention_mask.bool()
+    return {
+        # Padding ids may lie outside the embedding (a pad token added without resizing).
+        "input_ids": input_ids.masked_fill(~mask, 0),
+        "attention_mask": mask.long(),
+        "position_ids": (mask.long().cumsum(-1) - 1).clamp(min=0),
+    }
+
+
+def _active_adapter(model: Any) -> str | None:
+    return model.active_adapter if isinstance(model, PeftModel) else None
+
+
+def _transformers_model(model: Any) -> Any:
+    """The transformers model in a PEFT model or below a value head."""
+    return without_adapters(getattr(without_adapters(model), "pretrained_model", model))
+
+
+def _copy_adapter(policy: PeftModel, name: str | None) -> str:
+    """Adds a frozen copy of the adapter `name`, or of the active one, and returns its name."""
+    source = name or policy.active_adapter
+    state = get_peft_model_state_dict(policy, adapter_name=source, save_embedding_layers=False)
+    config = copy.deepcopy(policy.peft_config[source])
+    policy.add_adapter(REFERENCE, config)
+    set_peft_model_state_dict(policy, state, adapter_name=REFERENCE)
+    policy.set_adapter(source)
+    return REFERENCE
+
+
+def _freeze_unused_head(value_model: Any) -> None:
+    """The LM head below a value head gets no gradient, for which DDP would wait."""
+    inner = without_adapters(value_model)
+    if hasattr(inner, "v_head"):
+        language_model = without_adapters(inner.pretrained_model)
+        embedding = language_model.get_input_embeddings().weight
+        for parameter in language_model.get_output_embeddings().parameters():
+            if parameter is not embedding:
+                parameter.requires_grad_(False)
