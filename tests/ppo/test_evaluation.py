@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 from datasets import Dataset
 from torch import nn
+from transformers import EarlyStoppingCallback
 
 import runs
 import tiny
@@ -218,3 +219,76 @@ def test_evaluations_that_decide_on_nothing_happen_when_due(tmp_path: Path) -> N
     )
     steps = [row["step"] for row in runs.rows(trainer, "eval_objective/scores")]
     assert steps == [3, 6, 9, 12]
+
+
+# Six evaluations would fit; the best is the second, the fourth is the second one after it.
+BEST_IS_SECOND: dict[str, Any] = {
+    "total_episodes": 96,
+    "eval_strategy": "steps",
+    "eval_steps": 4,
+    "save_strategy": "steps",
+    "save_steps": 4,
+    "load_best_model_at_end": True,
+}
+
+
+def stopped_early(folder: Path, *scores: float, eval_prompts: Any, metric: str) -> Any:
+    """A trainer whose run ended early, with the best weights."""
+    seen: dict[int, Any] = {}
+
+    def keep(state: Any, control: Any) -> None:
+        seen[state.global_step] = runs.trained(trainer)
+
+    trainer = runs.make(
+        folder,
+        reward=Scripted(*scores),
+        prompts=split("train", 64),
+        eval_prompts=eval_prompts,
+        callbacks=[EarlyStoppingCallback(early_stopping_patience=2), runs.At("on_save", keep)],
+        metric_for_best_model=metric,
+        **BEST_IS_SECOND,
+    )
+    trainer.train()
+    assert trainer.state.global_step == 16
+    assert trainer.state.best_metric == 3
+    assert Path(trainer.state.best_model_checkpoint).name == "checkpoint-8"
+    assert list(seen) == [4, 8, 12, 16]
+    assert runs.same(runs.trained(trainer), seen[8])
+    assert not runs.same(seen[8], seen[16])
+    return trainer
+
+
+@pytest.mark.parametrize("metric", ["eval_objective/scores", "objective/scores"])
+def test_training_stops_early_when_the_scores_no_longer_rise(tmp_path: Path, metric: str) -> None:
+    trainer = stopped_early(tmp_path, 1, 3, 2, 2, eval_prompts=split("eval", 3), metric=metric)
+    scores = [row["eval_objective/scores"] for row in runs.rows(trainer, "eval_objective/scores")]
+    assert scores == [1, 3, 2, 2]
+
+
+def test_training_stops_early_by_one_of_several_evaluation_sets(tmp_path: Path) -> None:
+    few, more = split("eval", 2), split("eval", 5)
+    trainer = stopped_early(
+        tmp_path,
+        *(1, 7, 3, 8, 2, 9, 2, 10),  # of `few` and `more` in turn
+        eval_prompts={"few": few, "more": more},
+        metric="eval_few_objective/scores",
+    )
+    for name, expected in (("few", [1, 3, 2, 2]), ("more", [7, 8, 9, 10])):
+        metric = f"eval_{name}_objective/scores"
+        assert [row[metric] for row in runs.rows(trainer, metric)] == expected
+
+
+@pytest.mark.parametrize("batch_size", [1, 2, 3, 16])
+def test_no_evaluation_prompt_is_dropped(tmp_path: Path, batch_size: int) -> None:
+    seen: list[str] = []
+
+    def keep(prompts: list[str], completions: list[str]) -> list[float]:
+        seen.extend(prompts)
+        return [0.0] * len(prompts)
+
+    sets = {"few": tiny.prompts(2), "more": tiny.prompts(7)}
+    trainer = runs.make(
+        tmp_path, reward=keep, eval_prompts=sets, per_device_eval_batch_size=batch_size
+    )
+    trainer.evaluate()
+    assert sorted(seen) == sorted([*tiny.prompts(2)["prompt"], *tiny.prompts(7)["prompt"]])

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import json
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import xxhash
 from datasets import Dataset, IterableDataset
+from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 from trl import is_conversational
 from trl.data_utils import apply_chat_template
@@ -14,18 +16,32 @@ from trl.data_utils import apply_chat_template
 from trl_sync.errors import ConfigError
 from trl_sync.ppo.batch import PromptBatch
 
-_TOKENS = "prompt_token_ids"
+# Rows of the dataset -> a batch with `input_ids` and `attention_mask`, as in transformers.
+DataCollator = Callable[[list[dict[str, list[int]]]], Mapping[str, Any]]
+
+_TOKENS = "trl_sync_prompt_token_ids"
+# A collator pads these to the longest of them; what it returns does not depend on the number.
+_COLLATED_TOGETHER = 64
 
 
 class PromptDataset:
     """The prompts of a dataset, tokenized once, with its other columns beside them.
 
     The dataset holds one of: a `prompt` column of text, a `prompt` column of messages, or an
-    `input_ids` column. `max_prompt_tokens` is what the model's context leaves besides the response.
+    `input_ids` column, which decides if there are both; reward functions then still get `prompt`.
+    `max_prompt_tokens` is what the model's context leaves besides the response.
+
+    - Messages: the columns `tools` (JSON schemas) and `chat_template_kwargs`, where a row has them,
+      go to the chat template; `chat_template_kwargs` given here holds for every row that does not
+      say otherwise. A prompt that ends with an assistant's message is continued.
+    - Tokens: where `attention_mask` is 0, `input_ids` is padding and left out.
+    - `data_collator` gets `input_ids` and `attention_mask` alone; what it returns under these
+      names, without padding, becomes the prompts' tokens.
 
     Raises:
-        ConfigError: no such column, no rows, messages without a chat template, or a prompt that is
-            empty, too long, padded or of another kind.
+        ConfigError: no such column, no rows, messages without a chat template or that it does not
+            accept, `chat_template_kwargs` without messages, a collator that returns something else,
+            or a prompt that is empty, too long, padded or of another kind.
     """
 
     def __init__(
@@ -36,25 +52,34 @@ class PromptDataset:
         max_prompt_tokens: int | None,
         response_length: int,
         num_proc: int | None = None,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
+        data_collator: DataCollator | None = None,
     ) -> None:
         _check_kind(dataset)
         dataset = dataset.with_format(None)  # plain lists, whatever format the user set
-        self._prompt_column = "prompt" if "prompt" in dataset.column_names else "input_ids"
-        self.conversational = self._prompt_column == "prompt" and is_conversational(dataset[0])
-        if self.conversational and tokenizer.chat_template is None:
-            raise ConfigError(
-                "The prompts are messages, but the tokenizer has no chat template: set "
-                "tokenizer.chat_template, or pass prompts as text."
-            )
+        self._tokenized = "input_ids" in dataset.column_names
+        self.conversational = "prompt" in dataset.column_names and _holds_messages(dataset)
+        uses_template = self.conversational and not self._tokenized
+        _check_template(tokenizer, uses_template, chat_template_kwargs)
         self._tokenizer = tokenizer
+        self._template_kwargs = dict(chat_template_kwargs or {})
+        self._data_collator = data_collator
         self._largest_id = max(tokenizer.get_vocab().values(), default=0)
-        self._dataset = dataset.map(
-            self._tokenize,
-            with_indices=True,
-            num_proc=num_proc,
-            desc="Tokenizing prompts",
-            load_from_cache_file=False,
-        )
+        options: dict[str, Any] = {
+            "with_indices": True,
+            "num_proc": num_proc,
+            "load_from_cache_file": False,
+        }
+        self._dataset = dataset.map(self._tokenize, desc="Tokenizing prompts", **options)
+        if data_collator is not None:
+            self._dataset = self._dataset.map(
+                self._collate,
+                input_columns=[_TOKENS],
+                batched=True,
+                batch_size=_COLLATED_TOGETHER,
+                desc="Collating prompts",
+                **options,
+            )
         lengths = [len(tokens) for tokens in self._dataset[_TOKENS]]
         _check_lengths(lengths, max_prompt_tokens, response_length)
 
@@ -72,24 +97,135 @@ class PromptDataset:
         """Those rows, in that order."""
         rows = self._dataset[list(indices)]
         token_ids = rows.pop(_TOKENS)
-        prompts = rows.pop(self._prompt_column)
-        if self._prompt_column == "input_ids":
+        prompts = rows.pop("prompt", None)
+        if self._tokenized:
+            rows.pop("input_ids")
+            rows.pop("attention_mask", None)
+        if prompts is None:
             prompts = self._tokenizer.batch_decode(token_ids, skip_special_tokens=True)
         return PromptBatch(prompts=prompts, token_ids=token_ids, columns=rows)
 
     def _tokenize(self, row: Mapping[str, Any], index: int) -> dict[str, list[int]]:
-        prompt = row[self._prompt_column]
-        if self._prompt_column == "input_ids":
+        prompt = row["input_ids" if self._tokenized else "prompt"]
+        if self._tokenized:
             _check_prompt(index, prompt, list, "a list of token ids")
+            prompt = _without_padding(index, prompt, row.get("attention_mask"))
             _check_token_ids(index, prompt, self._tokenizer, self._largest_id)
             return {_TOKENS: prompt}
         if not self.conversational:
             _check_prompt(index, prompt, str, "text")
             return {_TOKENS: list(self._tokenizer(prompt)["input_ids"])}
         _check_prompt(index, prompt or None, list, "a list of messages")
-        text = apply_chat_template({"prompt": prompt}, self._tokenizer)["prompt"]
+        text = _render(index, row, self._tokenizer, self._template_kwargs)
         # The template writes the special tokens itself.
         return {_TOKENS: list(self._tokenizer(text, add_special_tokens=False)["input_ids"])}
+
+    def _collate(self, prompts: list[list[int]], indices: list[int]) -> dict[str, list[list[int]]]:
+        """What the user's collator makes of those prompts."""
+        assert self._data_collator is not None
+        features = [{"input_ids": ids, "attention_mask": [1] * len(ids)} for ids in prompts]
+        output = self._data_collator(features)
+        columns = []
+        for name in ("input_ids", "attention_mask"):
+            rows = _plain(output.get(name)) if isinstance(output, Mapping) else None
+            if not isinstance(rows, list) or len(rows) != len(prompts):
+                raise ConfigError(
+                    f"data_collator returned {_describe(output)} for {len(prompts)} prompts, "
+                    "expected `input_ids` and `attention_mask` with one row for each: use "
+                    "transformers.DataCollatorWithPadding(tokenizer), or leave it out."
+                )
+            columns.append([_plain(row) for row in rows])
+        collated = [_without_padding(*row) for row in zip(indices, *columns, strict=True)]
+        for index, ids in zip(indices, collated, strict=True):
+            _check_token_ids(index, ids, self._tokenizer, self._largest_id)
+        return {_TOKENS: collated}
+
+
+def _holds_messages(dataset: Dataset) -> bool:
+    """Whether the first prompt that is not empty is a list of messages."""
+    first = next((prompt for prompt in dataset["prompt"] if prompt), None)
+    return isinstance(first, list) and is_conversational({"prompt": first})
+
+
+def _check_template(
+    tokenizer: PreTrainedTokenizerBase, conversational: bool, template_kwargs: Any
+) -> None:
+    if conversational and tokenizer.chat_template is None:
+        raise ConfigError(
+            "The prompts are messages, but the tokenizer has no chat template: set "
+            "tokenizer.chat_template, or pass prompts as text."
+        )
+    if template_kwargs and not conversational:
+        raise ConfigError(
+            f"chat_template_kwargs={template_kwargs} has no effect: the prompts are no messages, "
+            "so no chat template is applied. Leave it unset, or pass prompts as messages."
+        )
+
+
+def _render(
+    index: int,
+    row: Mapping[str, Any],
+    tokenizer: PreTrainedTokenizerBase,
+    template_kwargs: Mapping[str, Any],
+) -> str:
+    """The messages, tools and template arguments of one row as text."""
+    try:
+        messages = [_message(message) for message in row["prompt"]]
+        tools = _parsed(row.get("tools"))
+        own = _parsed(row.get("chat_template_kwargs")) or {}
+        rendered = apply_chat_template(
+            {"prompt": messages}, tokenizer, tools=tools, **{**template_kwargs, **own}
+        )
+    except (ValueError, TypeError, KeyError, AttributeError, TemplateError) as error:
+        raise ConfigError(
+            f"Prompt {index}, {str(row['prompt'])[:60]!r}, cannot be put into the chat template: "
+            f"{type(error).__name__}: {error}. Expected messages with `role` and `content`, the "
+            "last one of a user, a tool or an assistant; `tools` a list of JSON schemas and "
+            "`chat_template_kwargs` a dictionary."
+        ) from error
+    text: str = rendered["prompt"]
+    return text
+
+
+def _parsed(value: Any) -> Any:
+    """A nested column: from JSON, or without the keys that only other rows have."""
+    return json.loads(value) if isinstance(value, str) else _without_none(value)
+
+
+def _without_none(value: Any) -> Any:
+    """`value` without dictionary entries that are None: Arrow gives a row the keys of all rows."""
+    if isinstance(value, dict):
+        return {name: _without_none(part) for name, part in value.items() if part is not None}
+    return [_without_none(part) for part in value] if isinstance(value, list) else value
+
+
+def _message(message: dict[str, Any]) -> dict[str, Any]:
+    # Templates look at `content` even where tool calls stand in its place.
+    kept = {"content": message["content"]} if "content" in message else {}
+    return {**_without_none(message), **kept}
+
+
+def _without_padding(index: int, ids: list[Any], mask: Any) -> list[Any]:
+    """The token ids where `mask` is 1; all of them without a mask."""
+    if mask is None:
+        return ids
+    as_text = "".join("1" if m == 1 else "0" if m == 0 else "?" for m in mask)
+    if len(as_text) != len(ids) or "?" in as_text or "0" in as_text.strip("0"):
+        raise ConfigError(
+            f"Prompt {index} has {len(ids)} token ids and the attention mask {list(mask)[:20]}, "
+            "expected as many entries: 1 for the tokens of the prompt, all side by side, and 0 for "
+            "padding at the ends."
+        )
+    return [token for token, kept in zip(ids, as_text, strict=True) if kept == "1"]
+
+
+def _plain(value: Any) -> Any:
+    """A tensor or an array as lists."""
+    return value.tolist() if hasattr(value, "tolist") else value
+
+
+def _describe(output: Any) -> str:
+    return str(sorted(output)) if isinstance(output, Mapping) else f"a {type(output).__name__}"
 
 
 def _check_kind(dataset: Any) -> None:
