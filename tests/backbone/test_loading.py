@@ -352,6 +352,11 @@ def test_a_reward_model_without_score_head_is_refused(llama_folder: str) -> None
         load_reward_model(llama_folder)
 
 
+def test_an_adapter_without_a_score_head_is_no_reward_model(sft_adapter: str) -> None:
+    with pytest.raises(ConfigError, match="a new head would give random rewards"):
+        load_reward_model(sft_adapter)
+
+
 def test_nf4_loading_is_that_of_transformers(llama_folder: str) -> None:
     model = load_base(llama_folder, quantization_config=nf4_config(), dtype=torch.float32)
     weight = model.model.layers[0].self_attn.q_proj.weight

@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import inspect
-import json
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -10,20 +9,16 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
-from tokenizers import Tokenizer
-from torch import Tensor, nn
+from torch import nn
 from transformers import (
     GPT2Config,
     GPT2ForSequenceClassification,
     LlamaForSequenceClassification,
-    PreTrainedModel,
-    PreTrainedTokenizerFast,
 )
 
 import tiny
+from rollouts import CPU, PROMPTS, RESPONSES, classifier, one_by_one, rollout, with_adapter
 from trl_sync.errors import ConfigError, RewardError
-from trl_sync.ppo.batch import PromptBatch, Rollout
 from trl_sync.ppo.rewards import (
     FunctionReward,
     ModelReward,
@@ -31,68 +26,6 @@ from trl_sync.ppo.rewards import (
     completion_texts,
     reward_source,
 )
-from trl_sync.ppo.rollout import pad_left
-
-CPU = torch.device("cpu")
-PROMPTS = [[5, 6, 7], [8], [9, 10, 11, 12, 13], [14, 15]]
-# The last token is the padding token, the end-of-sequence token, none, and an ordinary one.
-RESPONSES = [[20, 21, 0], [22, 23, 24, 1], [], [25]]
-
-
-def rollout(
-    prompts: list[list[int]] = PROMPTS,
-    responses: list[list[int]] = RESPONSES,
-    *,
-    columns: dict[str, list[Any]] | None = None,
-    texts: list[Any] | None = None,
-    padding: int = 0,
-) -> Rollout:
-    prompt_ids, prompt_mask = pad_left(prompts, CPU)
-    width = max(1, *(len(response) for response in responses))
-    filled = [response + [padding] * (width - len(response)) for response in responses]
-    lengths = torch.tensor([len(response) for response in responses])
-    return Rollout(
-        prompts=PromptBatch(
-            prompts=texts or [f"prompt {row}" for row in range(len(prompts))],
-            token_ids=prompts,
-            columns=columns or {},
-        ),
-        prompt_ids=prompt_ids.masked_fill(~prompt_mask, padding),
-        prompt_mask=prompt_mask,
-        response_ids=torch.tensor(filled),
-        response_mask=torch.arange(width) < lengths.unsqueeze(1),
-        stopped=torch.zeros(len(prompts), dtype=torch.bool),
-    )
-
-
-def classifier(seed: int = 1, **changes: Any) -> PreTrainedModel:
-    model = tiny.reward_llama(seed, **changes)
-    with torch.no_grad():
-        model.score.weight *= 50  # random scores lie within 0.2; these within 10
-    return model
-
-
-def with_adapter(model: PreTrainedModel) -> PeftModel:
-    torch.manual_seed(3)
-    options = {"r": 4, "target_modules": ["q_proj", "v_proj", "down_proj"]}
-    adapted = get_peft_model(
-        model, LoraConfig(task_type="SEQ_CLS", init_lora_weights=False, **options)
-    )
-    head = adapted.base_model.model.score.modules_to_save["default"]
-    nn.init.normal_(head.weight)  # unlike the base's own head, which must not be used
-    return adapted
-
-
-def one_by_one(model: nn.Module, prompts: list[list[int]], responses: list[list[int]]) -> Tensor:
-    """The classifier's own answer to each sequence alone, without padding."""
-    # Without a padding id a single sequence is pooled at its last token.
-    model.config.pad_token_id = None
-    with torch.no_grad():
-        rows = [
-            model(input_ids=torch.tensor([prompt + response])).logits[0, 0]
-            for prompt, response in zip(prompts, responses, strict=True)
-        ]
-    return torch.stack(rows)
 
 
 @pytest.mark.parametrize("batch_size", [1, 3, 100])
@@ -207,17 +140,20 @@ def test_functions_get_the_columns_they_name() -> None:
 
 def test_functions_with_keywords_get_every_column() -> None:
     def reward(prompts: Any, completions: Any, **columns: Any) -> list[float]:
-        assert columns == {"answer": ["x", "y"], "weight": [1.0, 2.0]}
+        # And the responses' token ids, with the end-of-sequence token, without padding.
+        ids = {"completion_ids": [[4, 5, 1], [5]]}
+        assert columns == ids | {"answer": ["x", "y"], "weight": [1.0, 2.0]}
         return columns["weight"]
 
     assert function_reward(reward)(TWO).tolist() == [1.0, 2.0]
 
 
 def test_columns_never_take_the_place_of_prompts_and_completions() -> None:
-    batch = rollout([[3]], [[4]], texts=["a"], columns={"completions": ["gold"], "prompts": ["?"]})
+    columns = {"completions": ["gold"], "prompts": ["?"], "completion_ids": [[9]]}
+    batch = rollout([[3]], [[4]], texts=["a"], columns=columns)
 
-    def reward(prompts: list[str], completions: list[str], **columns: Any) -> list[float]:
-        assert (prompts, completions, columns) == (["a"], ["b"], {})
+    def reward(prompts: list[str], completions: list[str], **others: Any) -> list[float]:
+        assert (prompts, completions, others) == (["a"], ["b"], {"completion_ids": [[4]]})
         return [1.0]
 
     assert function_reward(reward)(batch).tolist() == [1.0]
@@ -252,7 +188,8 @@ class Unreadable(Scorer):
     __signature__ = "not a signature"
 
     def __call__(self, **arguments: Any) -> list[float]:
-        assert set(arguments) == {"prompts", "completions", "answer", "weight"}
+        own = {"prompts", "completions", "completion_ids"}
+        assert set(arguments) == own | {"answer", "weight"}
         return arguments["weight"]
 
 
@@ -282,10 +219,10 @@ def test_kinds_of_functions_and_of_numbers(function: Any, name: str, expected: l
 
 
 def test_builtins_without_a_signature_get_every_column() -> None:
-    # dict(prompts=..., completions=..., answer=..., weight=...) has four keys.
+    # dict(prompts=..., completions=..., completion_ids=..., answer=..., weight=...): five keys.
     with pytest.raises(ValueError, match="no signature found"):
         inspect.signature(dict)
-    with pytest.raises(RewardError, match="dict returned 4 scores for 2 completions"):
+    with pytest.raises(RewardError, match="dict returned 5 scores for 2 completions"):
         function_reward(dict)(TWO)
 
 
@@ -294,7 +231,6 @@ def test_builtins_without_a_signature_get_every_column() -> None:
     [
         ([1.0], "reward returned 1 scores for 2 completions"),
         ([1.0, 2.0, 3.0], "reward returned 3 scores for 2 completions"),
-        ([1.0, None], "reward returned None for completion 1: expected a number"),
         (["0.5", 1.0], "reward returned '0.5' for completion 0: expected a number"),
         ([1.0, [2.0]], r"reward returned \[2.0\] for completion 1"),
         (torch.ones(2, 1), "completion 0: expected a number"),
@@ -352,25 +288,13 @@ def test_models_and_functions_are_told_apart() -> None:
     [
         (None, "No reward source: pass reward_model"),
         (3, "must be a model, a path or a function, got int"),
-        ([lambda **_: []], "got list"),
+        ([lambda **_: [], 3], "must be a model, a path or a function, got int"),
+        ([], "reward_model is an empty list"),
     ],
 )
 def test_what_is_no_reward_source_is_refused(reward: Any, said: str) -> None:
     with pytest.raises(ConfigError, match=said):
         source_of(reward)
-
-
-def test_a_reward_model_of_another_vocabulary_is_refused(tmp_path: Path) -> None:
-    tiny.reward_llama().save_pretrained(tmp_path)
-    other = json.loads(tiny.tokenizer().backend_tokenizer.to_str())
-    vocabulary = other["model"]["vocab"]
-    vocabulary["a"], vocabulary["b"] = vocabulary["b"], vocabulary["a"]
-    PreTrainedTokenizerFast(
-        tokenizer_object=Tokenizer.from_str(json.dumps(other)), eos_token="[EOS]"
-    ).save_pretrained(tmp_path)
-    model = LlamaForSequenceClassification.from_pretrained(tmp_path)
-    with pytest.raises(ConfigError, match="another vocabulary: 'a' is token 3"):
-        ModelReward(model, tiny.tokenizer(), batch_size=2, device=torch.device("cpu"))
 
 
 def test_a_token_added_later_is_no_other_vocabulary(tmp_path: Path) -> None:

@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 from accelerate import PartialState
-from huggingface_hub import snapshot_download
 from peft import LoraConfig, PeftConfig, PeftModel, set_peft_model_state_dict
 from safetensors import safe_open
 from safetensors.torch import load_file
@@ -20,14 +19,28 @@ from transformers import (
     PreTrainedModel,
 )
 
+from trl_sync.backbone.adapter_files import (
+    adapter_folder,
+    is_adapter,
+    local_folder,
+    lora_config,
+    reward_lora_config,
+    score_tensors,
+)
 from trl_sync.backbone.export import ADAPTER_WEIGHTS, adapter_state
 from trl_sync.backbone.quantization import keep_packed_weights
 from trl_sync.backbone.roles import POLICY, REFERENCE, VALUE, freeze
 from trl_sync.backbone.routing import set_adapter_trainable
-from trl_sync.backbone.shared import SharedBackbone, default_lora_config
+from trl_sync.backbone.shared import SharedBackbone
 from trl_sync.errors import ConfigError
 
-ADAPTER_CONFIG = "adapter_config.json"
+__all__ = [
+    "initialise_value",
+    "is_adapter",
+    "load_base",
+    "load_reward_model",
+    "load_shared_backbone",
+]
 
 
 def load_base(
@@ -71,6 +84,7 @@ def load_shared_backbone(
     *,
     quantization_config: BitsAndBytesConfig | None = None,
     value_init_path: str | None = None,
+    reward_adapter: str | None = None,
     **options: Any,
 ) -> SharedBackbone:
     """A SharedBackbone from an SFT model, or from an SFT adapter and the base it names.
@@ -78,12 +92,14 @@ def load_shared_backbone(
     Of an SFT adapter the policy starts as a trainable copy, the reference is a frozen copy, and
     the value adapter starts from it too. `value_init_path` names a reward model: its adapter (if
     it is one) becomes the initial value adapter and its score head the initial value head.
+    `reward_adapter` names a reward adapter trained on this base, which then scores responses: see
+    `SharedBackbone.add_reward_adapter`.
 
     Raises:
         ConfigError: `peft_config` was given together with an SFT adapter, the reward model does
             not fit the base, or an option is not supported.
     """
-    folder = _adapter_folder(model_name_or_path)
+    folder = adapter_folder(model_name_or_path)
     if folder is None:
         base = load_base(model_name_or_path, quantization_config=quantization_config, **options)
         backbone = SharedBackbone(base, peft_config, value_peft_config=_value_lora(value_init_path))
@@ -93,7 +109,7 @@ def load_shared_backbone(
                 f"{model_name_or_path} is an adapter already, so its own LoRA options hold: pass "
                 "no peft_config, or merge the adapter into its base first."
             )
-        config = _lora_config(folder)
+        config = lora_config(folder)
         base = load_base(
             config.base_model_name_or_path, quantization_config=quantization_config, **options
         )
@@ -103,11 +119,13 @@ def load_shared_backbone(
         tensors = load_file(folder / ADAPTER_WEIGHTS)
         for role in (POLICY, REFERENCE):
             _load_lora(backbone, role, tensors)
-        if value_init_path is None or _adapter_folder(value_init_path) is None:
+        if value_init_path is None or adapter_folder(value_init_path) is None:
             # The value adapter is the policy's without the LM head.
             _load_lora(backbone, VALUE, {n: tensors[n] for n in adapter_state(backbone, VALUE)})
     if value_init_path is not None:
         initialise_value(backbone, value_init_path)
+    if reward_adapter is not None:
+        backbone.add_reward_adapter(reward_adapter)
     set_adapter_trainable(backbone.peft_model, (POLICY, VALUE))
     return backbone
 
@@ -123,7 +141,7 @@ def load_reward_model(
     Raises:
         ConfigError: the model has more than one label, or no score head.
     """
-    folder = _adapter_folder(model_name_or_path)
+    folder = adapter_folder(model_name_or_path)
     options = {"num_labels": 1, **options}
     if folder is None:
         _check_score_head(model_name_or_path)
@@ -134,10 +152,13 @@ def load_reward_model(
             **options,
         )
     else:
-        heads = [t for name, t in _score_tensors(folder).items() if name.endswith("weight")]
+        heads = [t for name, t in score_tensors(folder).items() if name.endswith("weight")]
         if heads:
             _check_one_label(model_name_or_path, heads[0].shape[0])
         config = PeftConfig.from_pretrained(str(folder))
+        if not _has_whole_modules(folder):
+            # Then the head is the base's own, if it has one.
+            _check_score_head(config.base_model_name_or_path)
         base = load_base(
             config.base_model_name_or_path,
             quantization_config=quantization_config,
@@ -154,8 +175,8 @@ def initialise_value(backbone: SharedBackbone, reward_model_path: str) -> None:
     Raises:
         ConfigError: the head has another hidden size or more than one label.
     """
-    folder = _adapter_folder(reward_model_path)
-    tensors = _score_tensors(Path(folder or _local_folder(reward_model_path)))
+    folder = adapter_folder(reward_model_path)
+    tensors = score_tensors(Path(folder or local_folder(reward_model_path)))
     weight = next((t for name, t in tensors.items() if name.endswith("weight")), None)
     expected = tuple(backbone.value_head.weight.shape)
     if weight is None or tuple(weight.shape) != expected:
@@ -174,44 +195,12 @@ def initialise_value(backbone: SharedBackbone, reward_model_path: str) -> None:
         _load_lora(backbone, VALUE, {n: t for n, t in adapter.items() if "lora_" in n})
 
 
-def is_adapter(path: str) -> bool:
-    """Whether a hub name or directory holds an adapter rather than a whole model."""
-    return _adapter_folder(path) is not None
-
-
-def _adapter_folder(path: str) -> Path | None:
-    """The local folder of an adapter checkpoint, or None if `path` is a whole model."""
-    if Path(path).is_dir():
-        return Path(path) if (Path(path) / ADAPTER_CONFIG).is_file() else None
-    try:
-        PeftConfig.from_pretrained(path)
-    except (ValueError, OSError):
-        return None
-    return _local_folder(path)
-
-
-def _local_folder(path: str) -> Path:
-    if Path(path).is_dir():
-        return Path(path)
-    return Path(snapshot_download(path, allow_patterns=["*.json", "*.safetensors"]))
-
-
-def _lora_config(folder: Path) -> LoraConfig:
-    config = PeftConfig.from_pretrained(str(folder))
-    config.inference_mode = False
-    return config
-
-
 def _value_lora(reward_model_path: str | None) -> LoraConfig | None:
     """The LoRA options of a reward adapter as those of the value adapter; None for other inputs."""
-    folder = None if reward_model_path is None else _adapter_folder(reward_model_path)
+    folder = None if reward_model_path is None else adapter_folder(reward_model_path)
     if folder is None:
         return None
-    config = _lora_config(folder)
-    # The score head was trained whole; it becomes the value head.
-    config.modules_to_save = None
-    config.task_type = default_lora_config().task_type
-    return config
+    return reward_lora_config(folder)
 
 
 def _load_lora(backbone: SharedBackbone, adapter: str, tensors: dict[str, Tensor]) -> None:
@@ -226,14 +215,12 @@ def _load_lora(backbone: SharedBackbone, adapter: str, tensors: dict[str, Tensor
     set_peft_model_state_dict(backbone.peft_model, tensors, adapter_name=adapter)
 
 
-def _score_tensors(folder: Path) -> dict[str, Tensor]:
-    """The tensors of the score head in a checkpoint folder, read without loading the rest."""
-    found: dict[str, Tensor] = {}
-    for file in sorted(folder.glob("*.safetensors")):
-        with safe_open(file, framework="pt") as tensors:
-            names = [n for n in tensors.keys() if ".score." in f".{n}"]  # noqa: SIM118 - no dict
-            found |= {name: tensors.get_tensor(name) for name in names}
-    return found
+def _has_whole_modules(folder: Path) -> bool:
+    """Whether an adapter holds modules that were trained whole, as a score head is."""
+    if not (folder / ADAPTER_WEIGHTS).is_file():
+        return True
+    with safe_open(folder / ADAPTER_WEIGHTS, framework="pt") as tensors:
+        return any("lora_" not in name for name in tensors.keys())  # noqa: SIM118 - no dict
 
 
 def _check_score_head(path: str) -> None:

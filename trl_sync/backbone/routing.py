@@ -102,20 +102,30 @@ class AdapterRouter:
     def __init__(self, model: PeftModel) -> None:
         self.active: Routes = ()
         self.layers: list[LoraLayer] = []
-        for name, module in model.named_modules():
-            if isinstance(module, LoraLayer):
-                if not isinstance(module, _supported_layers()):
-                    raise ConfigError(
-                        f"{name} is a {type(module).__name__}, which the routing does not "
-                        "implement. Supported: Linear, 4-bit and 8-bit bitsandbytes, Embedding."
-                    )
-                self.layers.append(module)
+        self.watch_layers(model)
         if not self.layers:
             raise ConfigError("The model has no LoRA layer: check target_modules in peft_config.")
-        for layer in self.layers:
+
+    def watch_layers(self, model: PeftModel) -> None:
+        """Takes over every LoRA layer of `model`, also those of an adapter that was added since.
+
+        Raises:
+            ConfigError: a LoRA layer is of a kind that the routing does not implement.
+        """
+        known = {id(layer) for layer in self.layers}
+        layers = {n: m for n, m in model.named_modules() if isinstance(m, LoraLayer)}
+        for name, layer in layers.items():
+            if not isinstance(layer, _supported_layers()):
+                raise ConfigError(
+                    f"{name} is a {type(layer).__name__}, which the routing does not "
+                    "implement. Supported: Linear, 4-bit and 8-bit bitsandbytes, Embedding."
+                )
+        for layer in layers.values():
             # PEFT adds the updates of the active adapters itself; the hook must be the only one.
             layer._active_adapter = []
-            layer.register_forward_hook(self._add_updates)
+            if id(layer) not in known:
+                layer.register_forward_hook(self._add_updates)
+                self.layers.append(layer)
 
     @contextlib.contextmanager
     def routes(self, *adapters: str | None) -> Iterator[None]:

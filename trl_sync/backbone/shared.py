@@ -1,9 +1,9 @@
-"""SharedBackbone: one frozen (4-bit) base that serves policy, value model and reference."""
+"""SharedBackbone: one frozen (4-bit) base that serves policy, value model, reference, reward."""
 
 from __future__ import annotations
 
-import contextlib
 import copy
+import dataclasses
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -14,28 +14,34 @@ from torch import Tensor, nn
 from transformers import GenerationConfig, PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from trl_sync.backbone.checkpointing import disable_checkpointing, enable_checkpointing
+from trl_sync.backbone.fingerprint import base_tensors, fingerprint_of
+from trl_sync.backbone.generation import evaluation_mode, own_generation_config
 from trl_sync.backbone.logprob import CHUNK_BYTES, CausalHead, chunked_token_statistics
 from trl_sync.backbone.quantization import check_not_repacked, keep_packed_weights
-from trl_sync.backbone.roles import POLICY, REFERENCE, VALUE, Role, RoleState
+from trl_sync.backbone.reward_adapter import add_reward_lora
+from trl_sync.backbone.roles import POLICY, REFERENCE, REWARD, VALUE, Role, RoleState
 from trl_sync.backbone.routing import (
     AdapterRouter,
     adapter_parameters,
     check_lora_config,
     set_adapter_trainable,
 )
+from trl_sync.backbone.views import RoleView
 from trl_sync.errors import ConfigError
 
 RoleOutputs = dict[str, dict[str, Tensor]]
 
 
 class SharedBackbone(nn.Module):
-    """One base in memory, seen through three roles.
+    """One base in memory, seen through three roles, or four.
 
     | role | view | trained |
     |---|---|---|
     | policy | base + LoRA `policy`, LM head | yes |
     | value | base + LoRA `value`, value head (H -> 1) | yes |
     | reference | the base alone, or base + frozen LoRA `reference` | no |
+    | reward | after `add_reward_adapter`: base + frozen LoRA `reward`, score head (H -> 1) | no |
 
     `model` is the causal LM that becomes the frozen base (any precision, 4-bit included); it is
     changed in place. `peft_config` describes the policy adapter, `value_peft_config` the value
@@ -86,6 +92,8 @@ class SharedBackbone(nn.Module):
         self.value_head = nn.Linear(_hidden_size(model), 1, device=self._trunk_device())
         nn.init.zeros_(self.value_head.weight)
         nn.init.zeros_(self.value_head.bias)
+        self.score_head: nn.Module | None = None
+        self.reward_adapter_path: str | None = None
         set_adapter_trainable(self.peft_model, (POLICY, VALUE))
         self.roles = {
             POLICY: Role(name=POLICY, adapter=POLICY, trainable=True),
@@ -96,10 +104,57 @@ class SharedBackbone(nn.Module):
         }
         self.train(False)
 
+    def add_reward_adapter(self, path: str) -> None:
+        """Adds the role `reward`: the frozen LoRA adapter and score head at `path`.
+
+        `path` is a folder or hub name as PEFT saves a sequence classifier (TRL's RewardTrainer
+        with a `peft_config`), trained on this base. Its scores come from the same stacked pass as
+        what the other roles say. It never trains and is not part of a checkpoint.
+
+        Raises:
+            ConfigError: there is a reward adapter already, or the one at `path` does not fit.
+        """
+        if self.has_reward:
+            raise ConfigError(
+                f"The base carries the reward adapter {self.reward_adapter_path} already, and has "
+                f"one reward role: load {path} with trl_sync.load_reward_model instead."
+            )
+        try:
+            self.score_head = add_reward_lora(self.peft_model, self.router, path)
+        finally:
+            set_adapter_trainable(self.peft_model, (POLICY, VALUE))
+        self.reward_adapter_path = path
+        self.roles[REWARD] = Role(name=REWARD, adapter=REWARD, trainable=False)
+        self.train(self.training)
+
+    @property
+    def has_reward(self) -> bool:
+        """Whether the base carries a reward adapter."""
+        return REWARD in self.roles
+
+    def reward_fingerprint(self) -> str | None:
+        """A checksum of the reward adapter and its head; None without one.
+
+        A run that continues must score as before.
+        """
+        if not self.has_reward:
+            return None
+        return fingerprint_of(self.role_parameters(REWARD))
+
     @property
     def causal_model(self) -> PreTrainedModel:
         """The causal LM whose layers carry the adapters."""
         return self.peft_model.base_model.model
+
+    @property
+    def policy(self) -> RoleView:
+        """The policy as scripts expect a model."""
+        return RoleView(self, POLICY)
+
+    @property
+    def value_model(self) -> RoleView:
+        """The value model as scripts expect a model."""
+        return RoleView(self, VALUE)
 
     @property
     def config(self) -> Any:
@@ -144,7 +199,7 @@ class SharedBackbone(nn.Module):
                 "not know which adapter each slice went through. Remove it or set it to False."
             )
         options |= {"use_reentrant": False, "context_fn": self.router.checkpoint_contexts}
-        self.causal_model.activation_checkpointing_enable(options, **kwargs)
+        enable_checkpointing(self.causal_model, options, **kwargs)
         # The non-reentrant kind needs no gradient at the embeddings, which stay frozen.
         self.causal_model.disable_input_require_grads()
 
@@ -156,7 +211,7 @@ class SharedBackbone(nn.Module):
 
     def activation_checkpointing_disable(self) -> None:
         """Keep activations instead of recomputing them."""
-        self.causal_model.activation_checkpointing_disable()
+        disable_checkpointing(self.causal_model)
 
     def gradient_checkpointing_disable(self) -> None:
         """The older name of `activation_checkpointing_disable`."""
@@ -174,14 +229,19 @@ class SharedBackbone(nn.Module):
 
         Language-model roles give `logprobs` and `entropies` (nats, of softmax(logits /
         temperature)), the value role gives `values`; all [B, R] in fp32, 0.0 where
-        `response_mask` is False. Prompts are padded on the left, responses on the right.
+        `response_mask` is False. The reward role gives `scores` [B] in fp32, at the last token
+        that `attention_mask` counts. Prompts are padded on the left, responses on the right.
         """
         num_response = response_mask.shape[1]
-        # The last token predicts nothing, so it needs no pass.
-        hidden = self._hidden_states(input_ids[:, :-1], attention_mask[:, :-1], roles)
+        # The last token predicts nothing: only its score needs it in the pass.
+        end = input_ids.shape[1] - (REWARD not in roles)
+        hidden = self._hidden_states(input_ids[:, :end], attention_mask[:, :end], roles)
         outputs: RoleOutputs = {}
         for role, states in zip(roles, hidden.chunk(len(roles)), strict=True):
-            states = states[:, -num_response:]
+            if role == REWARD:
+                outputs[role] = {"scores": self._scores(states, attention_mask)}
+                continue
+            states = states[:, : input_ids.shape[1] - 1][:, -num_response:]
             if role == VALUE:
                 outputs[role] = {"values": self._values(states, response_mask)}
             else:
@@ -207,9 +267,9 @@ class SharedBackbone(nn.Module):
         there would make the sampling distribution differ from the one PPO takes gradients of.
         """
         with (
-            _evaluation_mode(self),
+            evaluation_mode(self),
             self.router.routes(self.roles[role].adapter),
-            _own_generation_config(self.causal_model, generation_config),
+            own_generation_config(self.causal_model, generation_config),
         ):
             return self.causal_model.generate(
                 input_ids=input_ids.masked_fill(~attention_mask.bool(), 0),
@@ -218,13 +278,16 @@ class SharedBackbone(nn.Module):
             )
 
     def role_parameters(self, role: str) -> Iterator[tuple[str, nn.Parameter]]:
-        """The named parameters that belong to `role` alone: its adapter, and the value head."""
+        """The named parameters that belong to `role` alone: its adapter, and its own head."""
         adapter = self.roles[role].adapter
         if adapter is not None:
             yield from adapter_parameters(self.peft_model, adapter)
         if role == VALUE:
             for name, parameter in self.value_head.named_parameters():
                 yield f"value_head.{name}", parameter
+        if role == REWARD and self.score_head is not None:
+            for name, parameter in self.score_head.named_parameters():
+                yield f"score_head.{name}", parameter
 
     def sync_roles(self) -> dict[str, RoleState]:
         """Each role with what it must keep, for an audit.
@@ -242,10 +305,16 @@ class SharedBackbone(nn.Module):
             own = tuple(parameter for _, parameter in self.role_parameters(name))
             states[name] = RoleState(
                 trainable=role.trainable,
-                parameters=own if role.trainable else own + base,
-                modules=() if role.trainable else runs,
+                parameters=own + base if name == REFERENCE else own,
+                modules=runs if name == REFERENCE else (),
             )
+        if self.score_head is not None:
+            states[REWARD] = dataclasses.replace(states[REWARD], modules=(self.score_head,))
         return states
+
+    def frozen_tensors(self) -> Iterator[tuple[str, Tensor]]:
+        """The base, of which nothing may differ when a run continues."""
+        yield from base_tensors(self.causal_model)
 
     def check_roles(self) -> None:
         """Nothing, if exactly the policy, the value adapter and the value head are trainable.
@@ -292,6 +361,17 @@ class SharedBackbone(nn.Module):
         with torch.autocast(states.device.type, enabled=False):
             values = self.value_head(states.to(self.value_head.weight.dtype)).squeeze(-1)
         return values.float().masked_fill(~mask, 0.0)
+
+    def _scores(
+        self, states: Float[Tensor, "B T H"], attention_mask: Bool[Tensor, "B T"]
+    ) -> Float[Tensor, " B"]:
+        assert self.score_head is not None
+        columns = torch.arange(states.shape[1], device=states.device)
+        last = (columns * attention_mask.bool()).amax(1)
+        picked = states[torch.arange(len(last), device=states.device), last]
+        with torch.autocast(states.device.type, enabled=False):
+            scores: Tensor = self.score_head(picked.float()).squeeze(-1)
+        return scores
 
     def _token_statistics(
         self,
@@ -362,25 +442,3 @@ def _check_value_adapter(model: PreTrainedModel) -> None:
             "target_modules matches the LM head, which the value model does not have: list module "
             "names instead of a pattern, or pass value_peft_config."
         )
-
-
-@contextlib.contextmanager
-def _evaluation_mode(module: nn.Module) -> Iterator[None]:
-    """Within the block `module` is in evaluation mode."""
-    training = module.training
-    module.train(False)
-    try:
-        yield
-    finally:
-        module.train(training)
-
-
-@contextlib.contextmanager
-def _own_generation_config(model: PreTrainedModel, config: GenerationConfig) -> Iterator[None]:
-    """Within the block `config` is the model's generation config, so that none of its own leaks."""
-    previous = model.generation_config
-    model.generation_config = config
-    try:
-        yield
-    finally:
-        model.generation_config = previous

@@ -10,7 +10,7 @@ are masked hold 0.0.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -55,7 +55,13 @@ class Rollout:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ScoredRollout:
-    """A rollout with what each role says about it. Log-probabilities in nats."""
+    """A rollout with what each role says about it. Log-probabilities in nats.
+
+    `scores` are whole episodes'; `token_rewards` is the part of them that stands on tokens of its
+    own, the rest stands on the last token. `raw_scores` are the scores as the reward source gave
+    them, if they were changed since; `source_scores` are those of each of several sources, NaN
+    where one does not apply.
+    """
 
     rollout: Rollout
     logprobs: Float[Tensor, "B R"]
@@ -63,6 +69,9 @@ class ScoredRollout:
     entropies: Float[Tensor, "B R"]
     values: Float[Tensor, "B R"]
     scores: Float[Tensor, " B"]
+    token_rewards: Float[Tensor, "B R"] | None = None
+    raw_scores: Float[Tensor, " B"] | None = None
+    source_scores: dict[str, Float[Tensor, " B"]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

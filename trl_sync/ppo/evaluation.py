@@ -8,13 +8,15 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from torch import Tensor
 
 from trl_sync.ppo.advantage import kl_estimate
 from trl_sync.ppo.batch import PromptBatch
 from trl_sync.ppo.collectives import reduce_sum, together
 from trl_sync.ppo.config import PPOConfig
-from trl_sync.ppo.experience import Metrics
+from trl_sync.ppo.experience import Metrics, score_columns, score_metrics
 from trl_sync.ppo.prompts import PromptDataset
+from trl_sync.ppo.reward_scaling import RunningMoments, shape_scores
 from trl_sync.ppo.rewards import RewardSource
 from trl_sync.ppo.rollout import Sampling, roll_out
 from trl_sync.ppo.score import score
@@ -57,13 +59,17 @@ def evaluate_prompts(
     *,
     config: PPOConfig,
     accelerator: Accelerator,
+    score_moments: RunningMoments,
 ) -> Metrics:
     """Mean score, KL to the reference (nats a sequence) and response length over all prompts.
+
+    Scores are scaled by `score_moments` as in training, which stay as they are.
 
     Raises:
         RewardError: on every process, if scoring failed on one.
     """
     sums = torch.zeros(5, dtype=torch.float64, device=accelerator.device)
+    scores_of: dict[str, list[Tensor]] = {}
 
     def answer_all() -> None:
         for batch in loader:
@@ -80,19 +86,23 @@ def evaluate_prompts(
                 rewards,
                 temperature=config.temperature,
                 batch_size=config.local_rollout_forward_batch_size,
-                missing_eos_penalty=config.missing_eos_penalty,
             )
+            scored = shape_scores(scored, config, score_moments)
             mask = rollout.response_mask
             kl = kl_estimate(scored.logprobs, scored.reference_logprobs, mask, config.kl_estimator)
             columns = (scored.scores, kl.sum(1), mask.sum(1), rollout.stopped)
             counted = [column[: batch.num_counted].double().sum() for column in columns]
             sums.add_(torch.stack([*counted, sums.new_tensor(batch.num_counted)]))
+            for name, column in score_columns(scored).items():
+                scores_of.setdefault(name, []).append(column[: batch.num_counted])
 
     together(accelerator, answer_all)
     scores, kl_sum, length, stopped, count = reduce_sum(accelerator, sums).tolist()
-    return {
+    metrics = {
         "objective/scores": scores / count,
         "objective/kl": kl_sum / count,
         "objective/response_length": length / count,
         "objective/stopped": stopped / count,
     }
+    columns = {name: torch.cat(parts) for name, parts in scores_of.items()}
+    return metrics | score_metrics(columns, lambda tensor: reduce_sum(accelerator, tensor))

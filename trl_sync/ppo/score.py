@@ -7,9 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from trl_sync.backbone.roles import POLICY, REFERENCE, VALUE
+from trl_sync.backbone.roles import POLICY, REFERENCE, REWARD, VALUE
 from trl_sync.ppo.batch import Rollout, ScoredRollout
-from trl_sync.ppo.rewards import RewardSource, check_scores
+from trl_sync.ppo.rewards import RewardSource, evaluate, uses_adapter
 
 
 @torch.no_grad()
@@ -20,27 +20,23 @@ def score(
     *,
     temperature: float,
     batch_size: int,
-    missing_eos_penalty: float | None = None,
 ) -> ScoredRollout:
-    """The scored rollout; `model` is in evaluation mode.
+    """The rollout with the scores as `rewards` gives them; `model` is in evaluation mode.
 
     The log-probabilities come from the same kind of pass as in training, not from generation, so
-    before the first update the ratio is 1.
+    before the first update the ratio is 1. A reward adapter on the shared base takes part in it.
 
     Raises:
         RewardError: a score is missing, not a number or not finite.
     """
-    scores = rewards(rollout)
-    check_scores(scores, rewards.name)
-    if missing_eos_penalty is not None:
-        scores = scores - missing_eos_penalty * (~rollout.stopped)
+    roles = (POLICY, REFERENCE, VALUE) + ((REWARD,) if uses_adapter(rewards) else ())
     rows = torch.arange(len(rollout.prompts), device=rollout.prompt_ids.device)
     parts = [
         model(
             rollout.input_ids[part],
             rollout.attention_mask[part],
             rollout.response_mask[part],
-            roles=(POLICY, REFERENCE, VALUE),
+            roles=roles,
             temperature=temperature,
         )
         for part in rows.split(batch_size)
@@ -49,11 +45,15 @@ def score(
     def joined(role: str, name: str) -> Tensor:
         return torch.cat([part[role][name] for part in parts])
 
+    adapter_scores = joined(REWARD, "scores") if REWARD in roles else None
+    reward = evaluate(rewards, rollout, adapter_scores)
     return ScoredRollout(
         rollout=rollout,
         logprobs=joined(POLICY, "logprobs"),
         reference_logprobs=joined(REFERENCE, "logprobs"),
         entropies=joined(POLICY, "entropies"),
         values=joined(VALUE, "values"),
-        scores=scores,
+        scores=reward.scores,
+        token_rewards=reward.token_rewards,
+        source_scores=reward.by_source,
     )

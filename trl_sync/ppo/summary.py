@@ -10,7 +10,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from trl_sync.backbone.fingerprint import base_tensors
-from trl_sync.ppo.rewards import ModelReward
+from trl_sync.backbone.roles import REWARD
+from trl_sync.ppo.rewards import reward_modules
 from trl_sync.ppo.trainer import PPOTrainer
 
 
@@ -62,8 +63,9 @@ def model_state_bytes(trainer: PPOTrainer) -> dict[str, int]:
                 _bytes(parameter) + _optimizer_bytes(trainer, parameter) for parameter in parameters
             )
         sizes[role.name] = size
-    if isinstance(trainer.rewards, ModelReward):
-        sizes["reward"] = sum(_bytes(t) for _, t in base_tensors(trainer.rewards.model))
+    for model in reward_modules(trainer.rewards).values():
+        size = sum(_bytes(t) for _, t in base_tensors(model))
+        sizes[REWARD] = sizes.get(REWARD, 0) + size
     return sizes
 
 
@@ -92,7 +94,7 @@ def _adapter_parameters(trainer: PPOTrainer) -> list[tuple[str, nn.Parameter]]:
         item
         for role in names
         for item in trainer.backbone.role_parameters(role)
-        if not item[0].startswith("value_head")
+        if not item[0].startswith(("value_head", "score_head"))
     ]
 
 
