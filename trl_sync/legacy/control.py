@@ -1,0 +1,90 @@
+"""State that lasts over steps: the KL coefficient, and the running moments of the scores."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+
+from trl_sync.ppo.collectives import reduce_sum
+
+_MAX_ERROR = 0.2
+
+
+class AdaptiveKLController:
+    """A KL coefficient that is steered towards a target KL.
+
+    Source: Ziegler et al., "Fine-Tuning Language Models from Human Preferences" (2019), 2.2.
+    """
+
+    def __init__(self, init_kl_coef: float, target: float, horizon: float) -> None:
+        self.value = init_kl_coef
+        self.target = target
+        self.horizon = horizon
+
+    def update(self, current: float, n_steps: int) -> None:
+        """Adapts `value` to a mean KL of `current` nats over `n_steps` episodes."""
+        error = max(-_MAX_ERROR, min(_MAX_ERROR, float(current) / self.target - 1))
+        self.value *= 1 + error * n_steps / self.horizon
+
+
+class FixedKLController:
+    """A KL coefficient that stays."""
+
+    def __init__(self, kl_coef: float) -> None:
+        self.value = kl_coef
+
+    def update(self, current: float, n_steps: int) -> None:
+        """Nothing."""
+
+
+@dataclass
+class RunningMoments:
+    """Mean and standard deviation of every score so far, over all processes."""
+
+    accelerator: Accelerator
+    mean: float = 0.0
+    std: float = 1.0
+    var: float = 1.0
+    count: float = 1e-24
+
+    @torch.no_grad()
+    def update(self, xs: Tensor) -> tuple[float, float]:
+        """Adds the scores of this batch; returns their own mean and standard deviation.
+
+        A collective. Source: Chan et al., "Updating Formulae and a Pairwise Algorithm for Computing
+        Sample Variances" (1979).
+        """
+        xs = xs.detach().double().flatten()
+        number = torch.tensor(float(xs.numel()), dtype=torch.float64, device=xs.device)
+        total, number = reduce_sum(self.accelerator, torch.stack([xs.sum(), number]))
+        mean = total / number
+        squares = float(reduce_sum(self.accelerator, (xs - mean).square().sum()))
+        batch_mean, batch_count = float(mean), float(number)
+
+        delta = batch_mean - self.mean
+        count = self.count + batch_count
+        all_squares = squares + self.var * self.count + delta**2 * self.count * batch_count / count
+        self.mean += delta * batch_count / count
+        self.var = all_squares / count
+        # One score has no deviation.
+        self.std = (all_squares / (count - 1)) ** 0.5 if count > 1 else 1.0
+        self.count = count
+        return batch_mean, (squares / max(batch_count - 1, 1)) ** 0.5
+
+    def save_to_json(self, json_path: str) -> None:
+        """Writes the moments, on the main process."""
+        if self.accelerator.is_main_process:
+            moments = {name: getattr(self, name) for name in ("mean", "std", "var", "count")}
+            with open(json_path, "w", encoding="utf-8") as file:
+                json.dump(moments, file, indent=2, sort_keys=True)
+
+    @classmethod
+    def load_from_json(cls, accelerator: Accelerator, json_path: str) -> Any:
+        """The moments that `save_to_json` wrote."""
+        with open(json_path, encoding="utf-8") as file:
+            return cls(accelerator, **json.load(file))

@@ -1,0 +1,169 @@
+"""The small functions that scripts of the step API import from `trl.core`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
+from transformers import TopKLogitsWarper, TopPLogitsWarper, set_seed
+
+__all__ = [
+    "WANDB_PADDING",
+    "LengthSampler",
+    "clip_by_value",
+    "convert_to_scalar",
+    "entropy_from_logits",
+    "flatten_dict",
+    "logprobs_from_logits",
+    "masked_mean",
+    "masked_var",
+    "masked_whiten",
+    "respond_to_batch",
+    "set_seed",
+    "stack_dicts",
+    "stats_to_np",
+    "top_k_top_p_filtering",
+    "whiten",
+]
+
+# Fills up statistics of different lengths.
+WANDB_PADDING = -1
+
+
+class LengthSampler:
+    """Draws lengths from `min_value` to `max_value - 1`, with numpy's global generator."""
+
+    def __init__(self, min_value: int, max_value: int) -> None:
+        self.values = list(range(min_value, max_value))
+
+    def __call__(self) -> int:
+        return int(np.random.choice(self.values))
+
+
+def masked_mean(values: Tensor, mask: Tensor, axis: int | None = None) -> Tensor:
+    """The mean where the mask is not 0; of nothing it is 0."""
+    if axis is None:
+        return (values * mask).sum() / mask.sum().clamp(min=1)
+    return (values * mask).sum(axis) / mask.sum(axis).clamp(min=1)
+
+
+def masked_var(values: Tensor, mask: Tensor, unbiased: bool = True) -> Tensor:
+    """The variance where the mask is not 0; of fewer than two values it is 0."""
+    squares = ((values - masked_mean(values, mask)).square() * mask).sum()
+    return squares / (mask.sum() - int(unbiased)).clamp(min=1)
+
+
+def masked_whiten(values: Tensor, mask: Tensor, shift_mean: bool = True) -> Tensor:
+    """`values` with variance 1 where the mask is not 0; mean 0 if `shift_mean`. One process."""
+    mean = masked_mean(values, mask)
+    whitened = (values - mean) * torch.rsqrt(masked_var(values, mask) + 1e-8)
+    return whitened if shift_mean else whitened + mean
+
+
+def whiten(values: Tensor, shift_mean: bool = True) -> Tensor:
+    """`masked_whiten` without a mask."""
+    return masked_whiten(values, torch.ones_like(values), shift_mean)
+
+
+def clip_by_value(x: Tensor, tensor_min: Tensor, tensor_max: Tensor) -> Tensor:
+    """`x` between two tensors."""
+    return torch.clamp(x, tensor_min, tensor_max)
+
+
+def logprobs_from_logits(logits: Tensor, labels: Tensor | None, gather: bool = True) -> Tensor:
+    """Log-probabilities of `labels` (B, T) under logits (B, T, V); of every token if not gather."""
+    logprobs = logits.log_softmax(-1)
+    if not gather or labels is None:
+        return logprobs
+    return logprobs.gather(-1, labels.unsqueeze(-1)).squeeze(-1)
+
+
+def entropy_from_logits(logits: Tensor) -> Tensor:
+    """The entropy of each position's distribution, in nats."""
+    logprobs = logits.log_softmax(-1)
+    return -(logprobs.exp() * logprobs).sum(-1)
+
+
+def flatten_dict(nested: Mapping[str, Any], sep: str = "/") -> dict[str, Any]:
+    """Nested dictionaries as one, with joined names.
+
+    Raises:
+        ValueError: a name contains the separator.
+    """
+    flat: dict[str, Any] = {}
+    for name, value in nested.items():
+        if sep in name:
+            raise ValueError(f"The name {name!r} contains the separator {sep!r}.")
+        if isinstance(value, Mapping):
+            inner = flatten_dict(value, sep)
+            flat |= {f"{name}{sep}{below}": entry for below, entry in inner.items()}
+        else:
+            flat[name] = value
+    return flat
+
+
+def stack_dicts(stats_dicts: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
+    """Each statistic of several mini-batches as rows; shorter rows end with `WANDB_PADDING`."""
+    return {
+        name: pad_sequence(
+            [stats[name].flatten() for stats in stats_dicts],
+            batch_first=True,
+            padding_value=WANDB_PADDING,
+        )
+        for name in stats_dicts[0]
+    }
+
+
+def stats_to_np(stats_dict: Mapping[str, Any]) -> dict[str, Any]:
+    """Tensors as numpy arrays, numbers as floats."""
+    converted: dict[str, Any] = {}
+    for name, value in stats_dict.items():
+        if isinstance(value, Tensor):
+            value = value.detach().cpu()
+            # numpy has no bfloat16.
+            value = (value.float() if value.dtype == torch.bfloat16 else value).numpy()
+        converted[name] = float(value) if isinstance(value, (int, float, np.number)) else value
+    return converted
+
+
+def convert_to_scalar(stats: Mapping[str, Any]) -> dict[str, Any]:
+    """Arrays and tensors of one element as numbers, the rest as it is."""
+    return {
+        name: value.item()
+        if isinstance(value, (Tensor, np.ndarray)) and tuple(value.shape) in ((), (1,))
+        else value
+        for name, value in stats.items()
+    }
+
+
+def top_k_top_p_filtering(
+    logits: Tensor,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    filter_value: float = -float("inf"),
+    min_tokens_to_keep: int = 1,
+) -> Tensor:
+    """Logits (B, V) with all but the top k tokens, or those of probability mass p, filtered out."""
+    options = {"filter_value": filter_value, "min_tokens_to_keep": min_tokens_to_keep}
+    if top_k > 0:
+        logits = TopKLogitsWarper(top_k=top_k, **options)(None, logits)
+    if 0 <= top_p < 1.0:
+        logits = TopPLogitsWarper(top_p=top_p, **options)(None, logits)
+    return logits
+
+
+@torch.no_grad()
+def respond_to_batch(
+    model: nn.Module, queries: Tensor, txt_len: int = 20, top_k: int = 0, top_p: float = 1.0
+) -> Tensor:
+    """`txt_len` sampled tokens for each row of `queries` (B, P), which must not be padded."""
+    tokens = queries
+    for _ in range(txt_len):
+        logits = top_k_top_p_filtering(model(tokens)[0][:, -1], top_k=top_k, top_p=top_p)
+        sampled = torch.multinomial(logits.softmax(-1), num_samples=1)
+        tokens = torch.cat([tokens, sampled], dim=1)
+    return tokens[:, -txt_len:]
