@@ -7,12 +7,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import oracle
 import pytest
 import torch
 from transformers import HfArgumentParser, TrainingArguments
 from trl import TrlParser
 
+import oracle
 import tiny
 from trl_sync.errors import ConfigError
 from trl_sync.ppo.config import BatchPlan, PPOConfig
@@ -209,12 +209,25 @@ def test_another_world_size_is_refused() -> None:
         ("stop_token", "EOS", "must be 'eos' or unset, got 'EOS'"),
         ("kl_estimator", "k2", "must be 'k1' or 'k3', got 'k2'"),
         ("missing_eos_penalty", -1.0, "is subtracted and must be positive, got -1.0"),
+        ("num_generations", 0, "must be positive, got 0"),
+        ("kl_target", 0.0, "must be positive, got 0.0"),
+        ("kl_horizon", 0.0, "must be positive, got 0.0"),
+        ("kl_horizon", 500.0, "=500 has no effect without kl_target"),
+        ("target_kl", -0.1, "must be positive, got -0.1"),
+        ("ratio_threshold", 0.0, "must be positive, got 0.0"),
+        ("cliprange_high", 0.0, "must be positive, got 0.0"),
+        ("value_lam", 1.1, "must lie between 0 and 1, got 1.1"),
+        ("value_learning_rate", -1e-5, "must not be negative, got -1e-05"),
+        ("value_warmup_steps", -1, "must not be negative, got -1"),
+        ("generation_kwargs", "{top_p", "='{top_p' is not JSON"),
+        ("generation_kwargs", [1], "must be a dictionary, got [1]"),
     ],
 )
 def test_settings_out_of_their_range_are_refused(name: str, value: Any, said: str) -> None:
     with pytest.raises(ConfigError) as raised:
         config(**{name: value})
-    assert str(raised.value).startswith(f"{name} {said}")
+    assert str(raised.value).startswith(name)
+    assert str(raised.value).removeprefix(name).lstrip().startswith(said)
 
 
 @pytest.mark.parametrize(
@@ -344,20 +357,23 @@ SIZES = {
 
 
 @pytest.mark.parametrize(
-    ("length", "num_iterations", "max_steps"),
+    ("length", "total_episodes", "num_iterations", "max_steps"),
     [
-        ({"max_steps": 20}, 5, 20),
-        ({"total_episodes": 48}, 3, 12),
-        ({"total_episodes": 49}, 4, 16),  # begun is done: at least that many
-        ({"total_episodes": 1}, 1, 4),
-        ({"total_episodes": 32, "num_train_epochs": 9}, 2, 8),  # total_episodes decides
-        ({"num_train_epochs": 1}, 3, 12),
-        ({"num_train_epochs": 2}, 6, 24),
-        ({"num_train_epochs": 0.5}, 2, 8),  # 1.5 iterations
-        ({}, 9, 36),  # transformers' default: 3 epochs
+        ({"max_steps": 20}, 80, 5, 20),
+        ({"total_episodes": 48}, 48, 3, 12),
+        ({"total_episodes": 49}, 49, 4, 16),  # begun is done: at least that many
+        ({"total_episodes": 1}, 1, 1, 4),
+        ({"total_episodes": 32, "num_train_epochs": 9}, 32, 2, 8),  # total_episodes decides
+        # Epochs are counted in episodes and rounded up once, as in TRL.
+        ({"num_train_epochs": 1}, 50, 4, 16),
+        ({"num_train_epochs": 2}, 100, 7, 28),
+        ({"num_train_epochs": 0.5}, 25, 2, 8),
+        ({}, 150, 10, 40),  # transformers' default: 3 epochs
     ],
 )
-def test_the_plan_by_hand(length: dict[str, Any], num_iterations: int, max_steps: int) -> None:
+def test_the_plan_by_hand(
+    length: dict[str, Any], total_episodes: int, num_iterations: int, max_steps: int
+) -> None:
     plan = BatchPlan.derive(config(**SIZES, **length), 50)
     assert dataclasses.asdict(plan) == {
         "world_size": 1,
@@ -367,9 +383,11 @@ def test_the_plan_by_hand(length: dict[str, Any], num_iterations: int, max_steps
         "num_mini_batches": 2,
         "num_ppo_epochs": 2,
         "iterations_per_epoch": 3,
+        "total_episodes": total_episodes,
         "num_iterations": num_iterations,
+        "num_generations": 1,
     }
-    assert plan.batch_size == 16
+    assert plan.batch_size == plan.prompts_per_batch == 16
     assert plan.updates_per_iteration == 4
     assert plan.updates_per_epoch == 12
     assert plan.micro_batches_per_iteration == 8
@@ -393,7 +411,7 @@ def test_the_plan_of_two_processes(monkeypatch: pytest.MonkeyPatch) -> None:
         "batch_size": 32,
         "local_mini_batch_size": 8,
         "mini_batch_size": 16,
-        "total_episodes": 128,
+        "total_episodes": 100,
         "max_steps": 16,
     }
     assert {name: getattr(found, name) for name in computed} == computed
@@ -418,6 +436,38 @@ def test_too_few_prompts_are_refused(rows: int) -> None:
         BatchPlan.derive(config(**SIZES), rows)
     for words in (f"has {rows} prompts", "rollout batch of 16", "train_batch_size 4", "use more"):
         assert words in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("rows", "length", "iterations_per_epoch", "num_iterations"),
+    [
+        # 16 episodes are 4 prompts with 4 responses each.
+        (50, {"num_train_epochs": 1}, 12, 13),
+        (4, {"num_train_epochs": 3}, 1, 3),
+        (7, {"total_episodes": 48}, 1, 3),
+        (8, {"total_episodes": 49}, 2, 4),
+    ],
+)
+def test_the_plan_of_several_responses_to_a_prompt(
+    rows: int, length: dict[str, Any], iterations_per_epoch: int, num_iterations: int
+) -> None:
+    found = config(**SIZES, num_generations=4, **length)
+    plan = BatchPlan.derive(found, rows)
+    assert (plan.batch_size, plan.prompts_per_batch, plan.num_generations) == (16, 4, 4)
+    assert plan.iterations_per_epoch == iterations_per_epoch
+    assert plan.num_iterations == num_iterations
+    plan.fill_in(found)
+    assert found.total_episodes == length.get("total_episodes", 4 * rows * found.num_train_epochs)
+
+
+def test_a_batch_that_holds_no_whole_groups_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"batch of 16 .* num_generations=3 .* use a multiple"):
+        BatchPlan.derive(config(**SIZES, num_generations=3), 50)
+
+
+def test_too_few_prompts_for_whole_groups_are_refused() -> None:
+    with pytest.raises(ConfigError, match=r"has 3 prompts, .* batch of 16 .*, 4 a prompt\)"):
+        BatchPlan.derive(config(**SIZES, num_generations=4), 3)
 
 
 def test_max_steps_inside_an_iteration_is_refused() -> None:

@@ -3,6 +3,8 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from itertools import pairwise
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -10,7 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from trl_sync.ppo.loss import policy_loss, value_loss
+import tiny
+from trl_sync.ppo.loss import mean_ratio, policy_loss, ppo_loss, value_loss
 
 NO_DEADLINE = settings(deadline=None)  # the machine may be busy with other things
 FP64 = {"rtol": 1e-12, "atol": 1e-12}  # a few dozen fp64 roundings of numbers below 100
@@ -285,3 +288,131 @@ def test_a_batch_of_empty_responses_has_loss_and_gradient_zero() -> None:
         (gradient,) = torch.autograd.grad(value, new)
         assert value.item() == 0.0
         assert not gradient.any()
+
+
+# --- Options
+
+
+def test_clip_higher_by_hand() -> None:
+    # Clip range 0.8 .. 1.4 instead of 0.8 .. 1.2:
+    # ratio r, advantage A      -A r   -A clip(r)   larger
+    # 1.5,  2                   -3.0   -2.8         -2.8 clipped
+    # 0.5,  2                   -1.0   -1.6         -1.0
+    # 1.5, -2                    3.0    2.8          3.0
+    # 0.5, -2                    1.0    1.6          1.6 clipped
+    # 1.1,  2                   -2.2   -2.2         -2.2
+    # sum                                           -1.4
+    loss, statistics = policy_loss(
+        hand_logprobs(),
+        OLD_LOGPROBS,
+        ADVANTAGES,
+        FIRST_FIVE,
+        cliprange=CLIP,
+        cliprange_high=0.4,
+        denominator=TEN,
+    )
+    assert loss.item() == pytest.approx(-0.14, abs=1e-12)
+    assert int(statistics["policy_clipped"]) == 2
+
+
+@pytest.mark.parametrize(("ratio", "moves"), [(1.3, True), (1.5, False), (0.7, True)])
+def test_clip_higher_moves_the_upper_edge_alone(ratio: float, moves: bool) -> None:
+    # A good token with ratio 1.3 still gets a gradient; with equal ranges it would not.
+    one = mask_of([1], 1)
+    logprobs = torch.tensor([[math.log(ratio)]], dtype=torch.float64, requires_grad=True)
+    arguments = (logprobs, torch.zeros_like(logprobs), torch.ones_like(logprobs), one)
+    policy_loss(*arguments, cliprange=0.2, cliprange_high=0.4, denominator=TEN)[0].backward()
+    assert (float(logprobs.grad) != 0) is moves
+    # A bad token is clipped below 0.8 as before.
+    logprobs.grad = None
+    bad = (logprobs, torch.zeros_like(logprobs), -torch.ones_like(logprobs), one)
+    policy_loss(*bad, cliprange=0.2, cliprange_high=0.4, denominator=TEN)[0].backward()
+    assert (float(logprobs.grad) != 0) is (ratio > 0.8)
+
+
+def hand_micro_batch() -> dict[str, Tensor]:
+    return {
+        "response_mask": FIRST_FIVE,
+        "old_logprobs": OLD_LOGPROBS,
+        "advantages": ADVANTAGES,
+        "old_values": OLD_VALUES,
+        "returns": RETURNS,
+        "loss_denominator": TEN,
+    }
+
+
+def hand_ppo_loss(
+    folder: Path, logprobs: Tensor, policy_learns: bool = True, **changes: Any
+) -> tuple[Tensor, dict[str, Tensor], Tensor]:
+    """Loss, statistics and the gradient of the values; that of `logprobs` is in `.grad`."""
+    values = NEW_VALUES.clone().requires_grad_()
+    loss, statistics = ppo_loss(
+        logprobs,
+        values,
+        hand_micro_batch(),
+        tiny.config(folder, vf_coef=0.1, **changes),
+        policy_learns=policy_learns,
+    )
+    loss.backward()
+    return loss, statistics, values.grad
+
+
+def test_the_whole_loss_by_hand(tmp_path: Path) -> None:
+    logprobs = hand_logprobs()
+    loss, statistics, of_values = hand_ppo_loss(tmp_path, logprobs)
+    assert loss.item() == pytest.approx(-0.1 + 0.1 * 0.0895, abs=1e-12)
+    torch.testing.assert_close(logprobs.grad, POLICY_GRADIENT, **FP64)
+    torch.testing.assert_close(of_values, 0.1 * VALUE_GRADIENT, **FP64)
+    assert "skipped_micro_batches" not in statistics
+
+
+def test_the_mean_ratio_by_hand() -> None:
+    assert mean_ratio(hand_logprobs(), OLD_LOGPROBS, FIRST_FIVE).item() == pytest.approx(5.1 / 5)
+    assert mean_ratio(hand_logprobs(), OLD_LOGPROBS, mask_of([0], 6)).item() == 0
+
+
+@pytest.mark.parametrize(("threshold", "skipped"), [(1.0199, True), (1.0201, False)])
+def test_a_micro_batch_above_the_ratio_threshold_has_no_gradient(
+    tmp_path: Path, threshold: float, skipped: bool
+) -> None:
+    # The mean ratio is 5.1 / 5 = 1.02.
+    logprobs = hand_logprobs()
+    loss, statistics, of_values = hand_ppo_loss(tmp_path, logprobs, ratio_threshold=threshold)
+    assert int(statistics["skipped_micro_batches"]) == skipped
+    assert float(statistics["ratio"]) == pytest.approx(5.1)
+    if skipped:
+        assert loss.item() == 0
+        assert float(statistics["policy_loss"]) == float(statistics["value_loss"]) == 0
+        assert not logprobs.grad.any()
+        assert not of_values.any()
+    else:
+        torch.testing.assert_close(logprobs.grad, POLICY_GRADIENT, **FP64)
+        torch.testing.assert_close(of_values, 0.1 * VALUE_GRADIENT, **FP64)
+
+
+def test_an_infinite_ratio_leaves_a_zero_gradient(tmp_path: Path) -> None:
+    logprobs = (OLD_LOGPROBS + row([0.0, 800.0, 0.0, 0.0, 0.0, 0.0])).requires_grad_()
+    assert logprobs.exp().isinf().any()
+    loss, statistics, of_values = hand_ppo_loss(tmp_path, logprobs, ratio_threshold=10.0)
+    assert loss.item() == 0
+    assert torch.equal(logprobs.grad, torch.zeros_like(logprobs))
+    assert torch.equal(of_values, torch.zeros_like(of_values))
+    assert float(statistics["ratio"]) == math.inf
+    # The twin without the threshold would break every parameter.
+    without = (OLD_LOGPROBS + row([0.0, 800.0, 0.0, 0.0, 0.0, 0.0])).requires_grad_()
+    bad = -ADVANTAGES.abs()
+    policy_loss(without, OLD_LOGPROBS, bad, FIRST_FIVE, cliprange=CLIP, denominator=TEN)[
+        0
+    ].backward()
+    assert not without.grad.isfinite().all()
+
+
+def test_while_only_the_value_model_learns_the_policys_gradient_is_zero_not_absent(
+    tmp_path: Path,
+) -> None:
+    logprobs = hand_logprobs()
+    loss, statistics, of_values = hand_ppo_loss(tmp_path, logprobs, policy_learns=False)
+    assert loss.item() == pytest.approx(-0.1 + 0.1 * 0.0895, abs=1e-12)  # measured all the same
+    assert torch.equal(logprobs.grad, torch.zeros_like(logprobs))
+    torch.testing.assert_close(of_values, 0.1 * VALUE_GRADIENT, **FP64)
+    assert float(statistics["policy_loss"]) == pytest.approx(-1.0)

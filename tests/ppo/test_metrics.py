@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from torch import Tensor
@@ -86,6 +88,15 @@ def test_an_update_without_any_token_is_all_zeros() -> None:
     assert set(drained.values()) == {0.0}
 
 
+def test_a_source_without_episodes_in_one_rollout_keeps_its_mean_of_the_others() -> None:
+    metrics = MetricBuffer(one_process)
+    metrics.add_rollout({"rewards/one/mean": math.nan, "val/ratio": math.nan})
+    metrics.add_rollout({"rewards/one/mean": 3.0, "val/ratio": 1.0})
+    found = metrics.drain()
+    assert found["rewards/one/mean"] == 3.0
+    assert math.isnan(found["val/ratio"]), "a number that went wrong stays visible"
+
+
 def test_draining_starts_anew() -> None:
     buffer = MetricBuffer(one_process)
     buffer.add_rollout({"objective/kl": 1.0})
@@ -115,3 +126,36 @@ def test_token_counts_are_not_rounded_in_fp32() -> None:
     buffer.add_micro_batch(counts | {"policy_clipped": torch.tensor(2**24 + 1)})
     buffer.end_update()
     assert buffer.drain()["policy/clipfrac_avg"] == 1.0
+
+
+def test_end_update_returns_the_means_of_that_update() -> None:
+    buffer = MetricBuffer(one_process)
+    buffer.add_micro_batch(statistics(tokens=4, approx_kl=1.0))
+    assert buffer.end_update()["approx_kl"] == 0.25
+    buffer.add_micro_batch(statistics(tokens=2, approx_kl=3.0))
+    assert buffer.end_update()["approx_kl"] == 1.5
+    assert buffer.end_update() == {}
+
+
+def test_skipped_updates_are_a_mean_over_iterations() -> None:
+    buffer = MetricBuffer(one_process)
+    buffer.end_iteration(3)
+    buffer.end_iteration(0)
+    assert buffer.drain() == {"policy/skipped_updates": 1.5}
+    assert buffer.drain() == {}
+
+
+def test_micro_batches_that_were_left_out_are_counted_over_updates_and_processes() -> None:
+    # Two processes that do the same: every sum is doubled.
+    buffer = MetricBuffer(lambda tensor: 2 * tensor)
+    for skipped in (1, 0):
+        counts = {"skipped_micro_batches": torch.tensor(skipped)}
+        buffer.add_micro_batch(statistics(tokens=10, ratio=20.0) | counts)
+        buffer.add_micro_batch(
+            statistics(tokens=10, ratio=20.0) | {"skipped_micro_batches": torch.tensor(1)}
+        )
+        buffer.end_update()
+    drained = buffer.drain()
+    assert drained["policy/skipped_micro_batches"] == 6  # (2 + 1) on each of two processes
+    assert drained["val/ratio"] == 2.0
+    assert buffer.drain() == {}

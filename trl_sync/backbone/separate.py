@@ -22,6 +22,11 @@ from transformers import GenerationConfig, PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.utils import logging
 
+from trl_sync.backbone.checkpointing import (
+    disable_checkpointing,
+    enable_checkpointing,
+    is_checkpointing,
+)
 from trl_sync.backbone.fingerprint import base_tensors
 from trl_sync.backbone.generation import evaluation_mode, own_generation_config
 from trl_sync.backbone.logprob import (
@@ -112,7 +117,7 @@ class SeparateModels(nn.Module):
 
     @property
     def is_gradient_checkpointing(self) -> bool:
-        return bool(getattr(self.causal_model, "is_gradient_checkpointing", False))
+        return is_checkpointing(self.causal_model)
 
     @property
     def _no_split_modules(self) -> Any:
@@ -147,7 +152,7 @@ class SeparateModels(nn.Module):
                     f"{type(model).__name__} has no gradient checkpointing: its activations stay."
                 )
                 continue
-            model.activation_checkpointing_enable(options, **kwargs)
+            enable_checkpointing(model, options, **kwargs)
             if options["use_reentrant"]:
                 # The reentrant kind needs a gradient at its input, which frozen layers lack.
                 model.enable_input_require_grads()
@@ -163,7 +168,7 @@ class SeparateModels(nn.Module):
     def activation_checkpointing_disable(self) -> None:
         """Keep activations instead of recomputing them."""
         for model in (self.causal_model, _transformers_model(self.value_model)):
-            model.activation_checkpointing_disable()
+            disable_checkpointing(model)
 
     def gradient_checkpointing_disable(self) -> None:
         """The older name of `activation_checkpointing_disable`."""
@@ -264,6 +269,10 @@ class SeparateModels(nn.Module):
             if name not in trained:
                 yield name, parameter
         yield from quantization_tensors(self.policy)
+
+    def reward_fingerprint(self) -> str | None:
+        """None: there is no reward adapter here, the reward model is elsewhere."""
+        return None
 
     def check_roles(self) -> None:
         """Nothing, if policy and value model train, the reference does not, and none shares.

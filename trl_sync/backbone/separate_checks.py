@@ -19,7 +19,7 @@ def check_policy(policy: Any, peft_config: Any) -> None:
         ConfigError: it is another kind of model, or has too many adapters or too few.
     """
     if not isinstance(policy, (PreTrainedModel, PeftModel)):
-        raise ConfigError(f"model must be a causal LM, got {type(policy).__name__}.")
+        raise ConfigError(f"model must be a causal LM, got {type(policy).__name__}{_hint(policy)}.")
     inner = without_adapters(policy)
     if getattr(inner.config, "is_encoder_decoder", False):
         raise ConfigError(
@@ -48,6 +48,13 @@ def check_policy(policy: Any, peft_config: Any) -> None:
             f"peft_config must be a PeftConfig such as {LoraConfig.__name__}, got "
             f"{type(peft_config).__name__}."
         )
+
+
+def _hint(model: Any) -> str:
+    """What to do with a model that has a value head of its own."""
+    if not hasattr(model, "v_head"):
+        return ""
+    return ": pass its .pretrained_model and the whole as value_model, or use trl_sync.legacy"
 
 
 def check_value_model(value_model: Any) -> None:

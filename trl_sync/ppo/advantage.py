@@ -41,12 +41,17 @@ def place_rewards(
     kl: Float[Tensor, "B R"],
     mask: Bool[Tensor, "B R"],
     kl_coef: float,
+    token_rewards: Float[Tensor, "B R"] | None = None,
 ) -> Float[Tensor, "B R"]:
     """The KL penalty on every response token, and the score on the last one.
 
-    The score of an empty response has no token to stand on and is dropped.
+    Of the score, `token_rewards` stand on their own tokens and the rest on the last one. The score
+    of an empty response has no token to stand on and is dropped.
     """
     rewards = -kl_coef * kl
+    if token_rewards is not None:
+        rewards = rewards + token_rewards
+        scores = scores - token_rewards.sum(1)
     lengths = mask.sum(1)
     rows = lengths.nonzero().squeeze(-1)
     rewards[rows, lengths[rows] - 1] += scores[rows].to(rewards.dtype)

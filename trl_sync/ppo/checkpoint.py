@@ -116,7 +116,8 @@ class CheckpointMixin(Trainer):
         load_models(self.backbone, folder)
         saved = _read_json(folder / STATE_FILE).get("state", {})
         for name, part in self._stateful().items():
-            part.load_state_dict(saved[name])
+            # What was not in use then begins anew.
+            part.load_state_dict(saved.get(name, {}))
 
     def _load_best_model(self) -> None:
         load_models(self.backbone, Path(self.state.best_model_checkpoint))
@@ -143,6 +144,10 @@ class CheckpointMixin(Trainer):
             "prompts": self.train_dataset.fingerprint(),
             "response_length": args.response_length,
             "temperature": args.temperature,
+            "num_generations": args.num_generations,
+            "generation_options": json.loads(json.dumps(self.sampling.options, default=str)),
+            "value_learning_rate": args.value_learning_rate is not None,
+            "reward_adapter": self.backbone.reward_fingerprint(),
             "stop_token_ids": list(self.sampling.stop_token_ids),
             "seed": args.seed,
         }

@@ -21,6 +21,11 @@ from transformers import GenerationConfig, TrainerState
 from transformers.utils import is_torch_xpu_available
 from trl.trainer.utils import selective_log_softmax
 
+from trl_sync.backbone.checkpointing import (
+    disable_checkpointing,
+    enable_checkpointing,
+    is_checkpointing,
+)
 from trl_sync.errors import ConfigError
 
 __all__ = [
@@ -73,7 +78,7 @@ class PolicyAndValueWrapper(nn.Module):
         self.policy: Any = policy
         self.value_model: Any = value_model
         _trunk(value_model)
-        self.is_gradient_checkpointing = _checkpoints_activations(policy)
+        self.is_gradient_checkpointing = is_checkpointing(policy)
 
     @property
     def critic_backbone(self) -> nn.Module:
@@ -85,13 +90,13 @@ class PolicyAndValueWrapper(nn.Module):
     ) -> None:
         """Recomputes activations in backward, in both models."""
         for model in (self.policy, self.value_model):
-            _set_checkpointing(model, "enable", gradient_checkpointing_kwargs)
+            enable_checkpointing(model, gradient_checkpointing_kwargs)
         self.is_gradient_checkpointing = True
 
     def gradient_checkpointing_disable(self) -> None:
         """Keeps activations for backward, in both models."""
         for model in (self.policy, self.value_model):
-            _set_checkpointing(model, "disable")
+            disable_checkpointing(model)
         self.is_gradient_checkpointing = False
 
     def forward(self, **kwargs: Any) -> tuple[Any, Float[Tensor, "B T 1"]]:
@@ -294,20 +299,3 @@ def _trunk(model: Any) -> nn.Module:
             "AutoModelForSequenceClassification.from_pretrained(path, num_labels=1)."
         )
     return getattr(model, prefix)
-
-
-def _checkpoints_activations(model: nn.Module) -> bool:
-    # transformers 5.23 renamed the property; asking for the old name warns.
-    for name in ("is_activation_checkpointing", "is_gradient_checkpointing"):
-        if hasattr(type(model), name):
-            return bool(getattr(model, name))
-    return False
-
-
-def _set_checkpointing(model: nn.Module, how: str, kwargs: dict[str, Any] | None = None) -> None:
-    """Calls the model's `activation_checkpointing_enable` or `_disable`, under either name."""
-    for kind in ("activation", "gradient"):  # transformers 5.23 renamed the method
-        method = getattr(model, f"{kind}_checkpointing_{how}", None)
-        if method is not None:
-            return method(**({f"{kind}_checkpointing_kwargs": kwargs} if kwargs else {}))
-    raise ConfigError(f"{type(model).__name__} cannot recompute its activations in backward.")

@@ -13,8 +13,10 @@ from transformers import GenerationConfig, TrainingArguments
 from transformers.utils import is_torch_bf16_gpu_available
 
 from trl_sync.errors import ConfigError
+from trl_sync.renames import accepts_old_config_names
 
 
+@accepts_old_config_names
 @dataclass
 class PPOConfig(TrainingArguments):
     """The settings of PPO: the fields and defaults of TRL 1.12's `PPOConfig`.
@@ -50,6 +52,13 @@ class PPOConfig(TrainingArguments):
         default=True,
         metadata={"help": "Recompute activations in backward: less memory, about 20%% slower."},
     )
+    # New in transformers 5.23; here on every version.
+    activation_checkpointing: bool | None = field(
+        default=None, metadata={"help": "The newer name of gradient_checkpointing."}
+    )
+    activation_checkpointing_kwargs: dict[str, Any] | str | None = field(
+        default=None, metadata={"help": "The newer name of gradient_checkpointing_kwargs."}
+    )
     bf16: bool | None = field(
         default=None,
         metadata={
@@ -73,7 +82,8 @@ class PPOConfig(TrainingArguments):
     total_episodes: int | None = field(
         default=None,
         metadata={
-            "help": "Episodes to train for. Default: num_train_epochs x size of the dataset."
+            "help": "Episodes to train for. Default: num_train_epochs x size of the dataset x "
+            "num_generations."
         },
     )
     local_rollout_forward_batch_size: int = field(
@@ -234,14 +244,16 @@ class PPOConfig(TrainingArguments):
             self.use_cpu = True
         if self.bf16 is None:
             self.bf16 = not self.fp16 and _computes_bf16_natively(bool(self.use_cpu))
-        # transformers 5.23 renamed these two; both names work here, without a warning.
+        # transformers 5.23 renamed these two and warns at the old names; earlier versions read
+        # only those. Both names work here, without a warning, and have the same value.
+        renamed = "activation_checkpointing" in TrainingArguments.__dataclass_fields__
         for old, new in (
             ("gradient_checkpointing", "activation_checkpointing"),
             ("gradient_checkpointing_kwargs", "activation_checkpointing_kwargs"),
         ):
             if getattr(self, new) is None:
                 setattr(self, new, getattr(self, old))
-            setattr(self, old, None)
+            setattr(self, old, None if renamed else getattr(self, new))
         best = self.load_best_model_at_end or self.save_strategy == "best"
         if best and self.metric_for_best_model is None:
             self.metric_for_best_model, self.greater_is_better = "objective/scores", True
@@ -253,6 +265,8 @@ class PPOConfig(TrainingArguments):
             # Every trainable parameter takes part in every pass.
             self.ddp_find_unused_parameters = False
         super().__post_init__()
+        if not renamed:
+            self.activation_checkpointing_kwargs = self.gradient_checkpointing_kwargs
         _check_world_size(self, self._given_world_size)
 
     def to_dict(self) -> dict[str, Any]:
@@ -364,6 +378,10 @@ def _check_ranges(config: PPOConfig) -> None:
             raise ConfigError(f"{name} must lie between 0 and 1, got {value}.")
     if config.use_score_norm and not config.use_score_scaling:
         raise ConfigError("use_score_norm has no effect without use_score_scaling: set both.")
+    if config.kl_target is None and config.kl_horizon != PPOConfig.kl_horizon:
+        raise ConfigError(
+            f"kl_horizon={config.kl_horizon:g} has no effect without kl_target: set both."
+        )
     if config.total_episodes is not None and config.total_episodes <= 0:
         raise ConfigError(f"total_episodes must be positive, got {config.total_episodes}.")
     if config.stop_token not in (None, "eos"):
@@ -385,8 +403,8 @@ def _set_fields(config: PPOConfig, names: tuple[str, ...]) -> list[tuple[str, An
     return [(name, value) for name, value in fields if value is not None]
 
 
-def _num_iterations(config: PPOConfig, batch_size: int, iterations_per_epoch: int) -> int:
-    """How many rollout batches: from max_steps, else total_episodes, else num_train_epochs."""
+def _length(config: PPOConfig, batch_size: int, dataset_rows: int) -> tuple[int, int]:
+    """Episodes and rollout batches: from max_steps, else total_episodes, else num_train_epochs."""
     updates = config.num_ppo_epochs * config.num_mini_batches
     # An earlier trainer filled in both; then total_episodes is what the user may have changed.
     filled_in = (config.num_total_batches or 0) * updates == config.max_steps
@@ -401,10 +419,13 @@ def _num_iterations(config: PPOConfig, batch_size: int, iterations_per_epoch: in
                 f"max_steps={config.max_steps} counts optimizer updates and would end inside an "
                 f"iteration of {updates} (num_ppo_epochs x num_mini_batches): use a multiple."
             )
-        return config.max_steps // updates
-    if config.total_episodes is not None:
-        return math.ceil(config.total_episodes / batch_size)
-    return math.ceil(config.num_train_epochs * iterations_per_epoch)
+        num_iterations = config.max_steps // updates
+        return num_iterations * batch_size, num_iterations
+    episodes = config.total_episodes
+    if episodes is None:
+        # As in TRL, which rounds up once at the end and not after every pass.
+        episodes = int(config.num_train_epochs * dataset_rows * config.num_generations)
+    return episodes, math.ceil(episodes / batch_size)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -413,6 +434,7 @@ class BatchPlan:
 
     A rollout batch is cut into `num_mini_batches` mini-batches, one optimizer update each; a
     mini-batch is accumulated over micro-batches. The batch is passed `num_ppo_epochs` times.
+    `total_episodes` is what was asked for; the last batch may take the run beyond it.
     """
 
     world_size: int
@@ -422,26 +444,40 @@ class BatchPlan:
     num_mini_batches: int
     num_ppo_epochs: int
     iterations_per_epoch: int
+    total_episodes: int
     num_iterations: int
+    num_generations: int = 1
 
     @classmethod
     def derive(cls, config: PPOConfig, dataset_rows: int) -> BatchPlan:
         """The plan for a dataset of that many prompts.
 
         Raises:
-            ConfigError: the dataset is empty or smaller than one rollout batch, or `max_steps` ends
-                inside an iteration.
+            ConfigError: the dataset is empty or smaller than one rollout batch, a rollout batch
+                does not hold whole groups of `num_generations`, or `max_steps` ends inside an
+                iteration.
         """
         assert config.local_batch_size is not None  # set by PPOConfig
         world_size = _world_size(config)
         batch_size = config.local_batch_size * world_size
-        if dataset_rows < batch_size:
+        if batch_size % config.num_generations:
+            raise ConfigError(
+                f"A rollout batch of {batch_size} episodes (per_device_train_batch_size "
+                f"{config.per_device_train_batch_size} x gradient_accumulation_steps x processes) "
+                f"does not divide into num_generations={config.num_generations} responses to each "
+                "prompt: use a multiple."
+            )
+        prompts_per_batch = batch_size // config.num_generations
+        if dataset_rows < prompts_per_batch:
+            each = f", {config.num_generations} a prompt" if config.num_generations > 1 else ""
             raise ConfigError(
                 f"The dataset has {dataset_rows} prompts, fewer than one rollout batch of "
                 f"{batch_size} (per_device_train_batch_size {config.per_device_train_batch_size} x "
-                "gradient_accumulation_steps x processes): use more prompts or smaller batches."
+                f"gradient_accumulation_steps x processes{each}): use more prompts or smaller "
+                "batches."
             )
-        iterations_per_epoch = dataset_rows // batch_size
+        iterations_per_epoch = dataset_rows // prompts_per_batch
+        total_episodes, num_iterations = _length(config, batch_size, dataset_rows)
         return cls(
             world_size=world_size,
             local_micro_batch_size=config.per_device_train_batch_size,
@@ -450,12 +486,18 @@ class BatchPlan:
             num_mini_batches=config.num_mini_batches,
             num_ppo_epochs=config.num_ppo_epochs,
             iterations_per_epoch=iterations_per_epoch,
-            num_iterations=_num_iterations(config, batch_size, iterations_per_epoch),
+            num_iterations=num_iterations,
+            total_episodes=total_episodes,
+            num_generations=config.num_generations,
         )
 
     @property
     def batch_size(self) -> int:
         return self.local_batch_size * self.world_size
+
+    @property
+    def prompts_per_batch(self) -> int:
+        return self.batch_size // self.num_generations
 
     @property
     def updates_per_iteration(self) -> int:
@@ -496,5 +538,5 @@ class BatchPlan:
                 )
             setattr(config, name, size)
         config.num_total_batches = self.num_iterations
-        config.total_episodes = self.num_iterations * self.batch_size
+        config.total_episodes = self.total_episodes
         config.max_steps = self.max_steps

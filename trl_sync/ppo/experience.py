@@ -6,6 +6,7 @@ micro-batches of `num_ppo_epochs x num_mini_batches` optimizer updates.
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -25,7 +26,9 @@ from trl_sync.ppo.advantage import (
 from trl_sync.ppo.batch import Experience, Rollout, ScoredRollout
 from trl_sync.ppo.collectives import reduce_sum, together
 from trl_sync.ppo.config import BatchPlan, PPOConfig
+from trl_sync.ppo.kl_control import KLControl
 from trl_sync.ppo.prompts import PromptDataset
+from trl_sync.ppo.reward_scaling import RunningMoments, shape_scores
 from trl_sync.ppo.rewards import RewardSource
 from trl_sync.ppo.rollout import Sampling, roll_out, seeded
 from trl_sync.ppo.score import score
@@ -40,8 +43,11 @@ class ExperienceLoader:
     """Micro-batches of one pass over the prompts; a rollout happens where an iteration begins.
 
     Everything drawn at random (prompt order, responses, mini-batches) is a function of the seed,
-    the iteration and the rank, so `first_iteration` is all the state a resumed run needs:
-    it tells, at the beginning of an epoch, how many of the epoch's iterations are done.
+    the iteration and the rank, so `first_iteration`, `score_moments` and the coefficient in
+    `kl_control` are all the state a resumed run needs. `first_iteration` tells, at the beginning of
+    an epoch, how many of the epoch's iterations are done. `updates_done` counts the updates of the
+    whole run, with those that were skipped: where it has passed the end of an iteration, the next
+    one begins.
     """
 
     def __init__(
@@ -54,7 +60,10 @@ class ExperienceLoader:
         rewards: RewardSource,
         sampling: Sampling,
         accelerator: Accelerator,
+        kl_control: KLControl,
+        score_moments: RunningMoments,
         first_iteration: Callable[[], int],
+        updates_done: Callable[[], int],
         on_metrics: Callable[[Metrics], None],
     ) -> None:
         self.dataset = prompts
@@ -64,7 +73,10 @@ class ExperienceLoader:
         self._rewards = rewards
         self._sampling = sampling
         self._accelerator = accelerator
+        self._kl_control = kl_control
+        self._score_moments = score_moments
         self._first_iteration = first_iteration
+        self._updates_done = updates_done
         self._on_metrics = on_metrics
         self._epoch = 0
 
@@ -79,8 +91,10 @@ class ExperienceLoader:
         order = self._generator(_PROMPT_ORDER, self._epoch).permutation(len(self.dataset))
         for position in range(self._first_iteration(), self._plan.iterations_per_epoch):
             iteration = self._epoch * self._plan.iterations_per_epoch + position
-            start = position * self._plan.batch_size
-            indices = order[start : start + self._plan.batch_size]
+            start = position * self._plan.prompts_per_batch
+            indices = order[start : start + self._plan.prompts_per_batch]
+            # All samples of a prompt in a row; over several processes they go round.
+            indices = indices.repeat(self._plan.num_generations)
             yield from self._iteration(iteration, indices.tolist())
 
     def _iteration(self, iteration: int, indices: list[int]) -> Iterator[dict[str, Tensor]]:
@@ -91,7 +105,14 @@ class ExperienceLoader:
             rollout = together(self._accelerator, lambda: self._roll_out(indices[rank::ranks]))
         rolled_out_s = time.perf_counter()
         scored = together(self._accelerator, lambda: self._score(rollout))
-        experience, metrics = make_experience(scored, self._config, self._reduce_sum)
+        if self._config.use_score_scaling:
+            self._score_moments.update(scored.scores, self._reduce_sum)
+        scored = shape_scores(scored, self._config, self._score_moments)
+        kl_coef = self._kl_control.coefficient
+        experience, metrics = make_experience(scored, self._config, self._reduce_sum, kl_coef)
+        if self._kl_control.adaptive:
+            metrics["objective/kl_coef"] = kl_coef
+            self._kl_control.update(metrics["objective/kl"])
         metrics["time/rollout_s"] = rolled_out_s - started_s
         metrics["time/score_s"] = time.perf_counter() - rolled_out_s
         self._on_metrics(metrics)
@@ -99,7 +120,10 @@ class ExperienceLoader:
         tokens = torch.stack([experience.response_mask[rows].sum() for rows in mini_batches])
         # An all-empty mini-batch has no loss; 1 keeps its zero a zero.
         denominators = self._reduce_sum(tokens).clamp(min=1)
+        end = (iteration + 1) * self._plan.updates_per_iteration
         for rows, denominator in zip(mini_batches, denominators, strict=True):
+            if self._updates_done() >= end:
+                return
             for part in rows.split(self._plan.local_micro_batch_size):
                 yield experience.micro_batch(part, denominator)
 
@@ -121,7 +145,6 @@ class ExperienceLoader:
                 self._rewards,
                 temperature=self._config.temperature,
                 batch_size=self._config.local_rollout_forward_batch_size,
-                missing_eos_penalty=self._config.missing_eos_penalty,
             )
 
     def _mini_batches(self, experience: Experience, iteration: int) -> Iterator[Tensor]:
@@ -142,17 +165,28 @@ class ExperienceLoader:
 
 
 def make_experience(
-    scored: ScoredRollout, config: PPOConfig, reduce: Callable[[Tensor], Tensor]
+    scored: ScoredRollout,
+    config: PPOConfig,
+    reduce: Callable[[Tensor], Tensor],
+    kl_coef: float | None = None,
 ) -> tuple[Experience, Metrics]:
-    """Experience and the metrics of its rollout, averaged over the episodes of all ranks."""
+    """Experience and the metrics of its rollout, averaged over the episodes of all ranks.
+
+    `kl_coef` is the weight of the KL penalty if it is not that of the config.
+    """
+    kl_coef = config.kl_coef if kl_coef is None else kl_coef
     rollout, mask = scored.rollout, scored.rollout.response_mask
     kl = kl_estimate(scored.logprobs, scored.reference_logprobs, mask, config.kl_estimator)
-    rewards = place_rewards(scored.scores, kl, mask, config.kl_coef)
+    rewards = place_rewards(scored.scores, kl, mask, kl_coef, scored.token_rewards)
     if config.whiten_rewards:
         rewards = whiten(rewards, mask, shift_mean=False, reduce_sum=reduce)
     advantages, returns = generalized_advantages(
         rewards, scored.values, mask, gamma=config.gamma, lam=config.lam
     )
+    if config.value_lam is not None:
+        _, returns = generalized_advantages(
+            rewards, scored.values, mask, gamma=config.gamma, lam=config.value_lam
+        )
     experience = Experience(
         input_ids=rollout.input_ids,
         attention_mask=rollout.attention_mask,
@@ -162,7 +196,7 @@ def make_experience(
         advantages=whiten(advantages, mask, reduce_sum=reduce),
         returns=returns,
     )
-    metrics = rollout_metrics(scored, kl, config.kl_coef, reduce)
+    metrics = rollout_metrics(scored, kl, kl_coef, reduce)
     metrics["val/explained_variance"] = explained_variance(scored.values, returns, mask, reduce)
     return experience, metrics
 
@@ -190,4 +224,30 @@ def rollout_metrics(
     spread = squared_total / count - metrics["objective/scores"] ** 2
     metrics["objective/scores_std"] = max(0.0, spread) ** 0.5
     metrics["val/num_eos_tokens"] = metrics["objective/stopped"] * count
+    return metrics | score_metrics(score_columns(scored), reduce)
+
+
+def score_columns(scored: ScoredRollout) -> dict[str, Tensor]:
+    """Scores that are logged beside those that training sees: the reward source's, and each one's
+    of several sources.
+    """
+    raw = {} if scored.raw_scores is None else {"objective/raw_scores": scored.raw_scores}
+    return raw | {f"rewards/{name}": column for name, column in scored.source_scores.items()}
+
+
+def score_metrics(columns: dict[str, Tensor], reduce: Callable[[Tensor], Tensor]) -> Metrics:
+    """Mean, of sources unbiased standard deviation too, of each column over all ranks, without NaN.
+
+    The mean of no number is NaN; the deviation of fewer than two is 0.
+    """
+    metrics: Metrics = {}
+    for name, column in columns.items():
+        values = column.double()[~column.isnan()]
+        sums = torch.stack([values.sum(), values.new_tensor(len(values))])
+        total, count = reduce(sums).tolist()
+        mean = total / count if count else math.nan
+        squares = float(reduce((values - mean).pow(2).sum()))
+        std = math.sqrt(squares / (count - 1)) if count > 1 else 0.0
+        of_source = name.startswith("rewards/")
+        metrics |= {f"{name}/mean": mean, f"{name}/std": std} if of_source else {name: mean}
     return metrics

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import torch
@@ -17,6 +18,8 @@ class MetricBuffer:
         self._reduce_sum = reduce_sum
         self._rollouts: list[dict[str, float]] = []
         self._updates: list[dict[str, float]] = []
+        self._skipped_updates: list[int] = []
+        self._skipped_micro_batches: float | None = None
         self._sums: Statistics = {}
 
     def add_rollout(self, metrics: dict[str, float]) -> None:
@@ -28,19 +31,34 @@ class MetricBuffer:
         for name, value in statistics.items():
             self._sums[name] = self._sums.get(name, torch.zeros_like(value)) + value
 
-    def end_update(self) -> None:
-        """Turns the sums since the last update into means. A collective."""
+    def end_update(self) -> dict[str, float]:
+        """Turns the sums since the last update into means over tokens, and returns these.
+
+        A collective; the means are the same on all processes. Empty if nothing was added.
+        """
         names = sorted(self._sums)
         if not names:
-            return
+            return {}
         stacked = torch.stack([self._sums[name].double() for name in names])
         totals = dict(zip(names, self._reduce_sum(stacked).tolist(), strict=True))
+        skipped = totals.pop("skipped_micro_batches", None)
+        if skipped is not None:
+            self._skipped_micro_batches = (self._skipped_micro_batches or 0.0) + skipped
         tokens = max(totals.pop("tokens"), 1.0)
-        self._updates.append({name: total / tokens for name, total in totals.items()})
+        means = {name: total / tokens for name, total in totals.items()}
+        self._updates.append(means)
         self._sums = {}
+        return means
+
+    def end_iteration(self, skipped_updates: int) -> None:
+        """An iteration has ended, and so many of its updates were not made."""
+        self._skipped_updates.append(skipped_updates)
 
     def drain(self) -> dict[str, float]:
-        """The means of all that was added since the last call, under the logged names."""
+        """The means of all that was added since the last call, under the logged names.
+
+        Micro-batches that were left out are counted, over all processes.
+        """
         logged = _means(self._rollouts)
         update = _means(self._updates)
         for name, key in _UPDATE_NAMES.items():
@@ -48,7 +66,13 @@ class MetricBuffer:
                 logged[name] = update[key]
         if "ratio" in update:
             logged["val/ratio_var"] = max(0.0, update["squared_ratio"] - update["ratio"] ** 2)
-        self._rollouts, self._updates = [], []
+        if self._skipped_updates:
+            mean = sum(self._skipped_updates) / len(self._skipped_updates)
+            logged["policy/skipped_updates"] = mean
+        if self._skipped_micro_batches is not None:
+            logged["policy/skipped_micro_batches"] = self._skipped_micro_batches
+        self._rollouts, self._updates, self._skipped_updates = [], [], []
+        self._skipped_micro_batches = None
         return logged
 
 
@@ -66,4 +90,11 @@ _UPDATE_NAMES = {
 def _means(rows: list[dict[str, float]]) -> dict[str, float]:
     if not rows:
         return {}
-    return {name: sum(row[name] for row in rows) / len(rows) for name in rows[0]}
+    means = {}
+    for name in rows[0]:
+        values = [row[name] for row in rows]
+        if name.startswith("rewards/"):
+            # A source that applied to no episode of a rollout has no mean there.
+            values = [value for value in values if not math.isnan(value)]
+        means[name] = sum(values) / len(values) if values else math.nan
+    return means

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub import ModelCard, ModelCardData
-from transformers import TrainerCallback
+from transformers import Trainer, TrainerCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from trl_sync._version import __version__
@@ -190,3 +190,33 @@ def _settings(config: PPOConfig) -> str:
 def _versions() -> str:
     versions = [f"- {name}: {importlib.metadata.version(name)}" for name in _PACKAGES]
     return "\n".join([f"- trl-sync: {__version__}", *versions])
+
+
+class ModelCardMixin(Trainer):
+    """Writes a model card with whatever is saved."""
+
+    _card_arguments: Mapping[str, Any] = {}
+
+    def create_model_card(
+        self,
+        model_name: str | None = None,
+        dataset_name: str | None = None,
+        tags: str | list[str] | None = None,
+    ) -> None:
+        """Writes README.md into `output_dir`: what the model is and how it was trained.
+
+        Saving writes it anew with the same arguments, but not over one that was written by hand.
+        `push_to_hub` takes the same arguments.
+        """
+        self._card_arguments = {
+            "model_name": model_name,
+            "dataset_name": dataset_name,
+            "tags": tags,
+        }
+        save_card(self, self.args.output_dir, replace=True, **self._card_arguments)
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Saves what trains, with a model card; that of a checkpoint lies in `args.output_dir`."""
+        folder = self.args.output_dir if _internal_call or output_dir is None else output_dir
+        save_card(self, folder, replace=False, **self._card_arguments)
+        super().save_model(output_dir, _internal_call)

@@ -19,7 +19,12 @@ Models = SharedBackbone | SeparateModels
 
 
 def check_models(
-    args: PPOConfig, model: Any, ref_model: Any, value_model: Any, peft_config: Any
+    args: PPOConfig,
+    model: Any,
+    ref_model: Any,
+    value_model: Any,
+    peft_config: Any,
+    reward_model: Any = None,
 ) -> None:
     """Nothing, if the models make up a shared backbone, or four models as in TRL.
 
@@ -31,6 +36,13 @@ def check_models(
             "model and ref_model are the same object: the reference would train with the policy. "
             "Pass ref_model=None: without it the reference is the policy as it is now."
         )
+    rewards = reward_model if isinstance(reward_model, (list, tuple)) else [reward_model]
+    for name, trained in (("model", model), ("value_model", value_model)):
+        if isinstance(trained, nn.Module) and any(reward is trained for reward in rewards):
+            raise ConfigError(
+                f"{name} and reward_model are the same object: the reward would change while it "
+                "trains. Load it twice."
+            )
     if isinstance(model, Models):
         _check_prepared(model, ref_model, value_model, peft_config)
     elif value_model is not None:
@@ -92,7 +104,8 @@ def _check_base(model: Any, ref_model: Any, peft_config: Any) -> None:
         )
     if not isinstance(model, PreTrainedModel):
         raise ConfigError(
-            f"model must be a causal LM or a SharedBackbone, got {type(model).__name__}."
+            f"model must be a causal LM or a SharedBackbone, got {type(model).__name__}. Of one "
+            "with a value head pass .pretrained_model, or use trl_sync.legacy."
         )
 
 

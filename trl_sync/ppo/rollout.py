@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -16,44 +16,77 @@ from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from trl_sync.backbone.roles import POLICY
 from trl_sync.ppo.batch import PromptBatch, Rollout
+from trl_sync.ppo.config import PPOConfig
+from trl_sync.ppo.generation_options import DRAWING_ONLY, GenerationOptions
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Sampling:
     """How responses are drawn: from softmax(logits / temperature), until a stop token or the limit.
 
-    With `greedy` the most likely token is taken instead.
+    With `greedy` the most likely token is taken instead. `options` are further fields of
+    `GenerationConfig` that the user asked for.
     """
 
     response_length: int
     temperature: float
     stop_token_ids: tuple[int, ...]
     greedy: bool = False
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, config: PPOConfig, tokenizer: PreTrainedTokenizerBase, model: Any) -> Sampling:
+        """What `config` says about responses; `model` is the causal LM that gives them.
+
+        Raises:
+            ConfigError: `generation_config` or `generation_kwargs` cannot work with PPO.
+        """
+        options = GenerationOptions.of(config)
+        return cls(
+            response_length=config.response_length,
+            temperature=config.temperature,
+            stop_token_ids=stop_token_ids(config, tokenizer, model, options),
+            options=options.settings,
+        )
 
     def generation_config(self) -> GenerationConfig:
-        """The same for `generate`, with all that would bend the distribution switched off."""
-        drawn = {"do_sample": True, "temperature": self.temperature, "top_k": 0, "top_p": 1.0}
+        """The same for `generate`; what would bend the distribution is off if not asked for."""
+        if self.greedy:
+            own: dict[str, Any] = {"do_sample": False}
+            options = {n: v for n, v in self.options.items() if n not in DRAWING_ONLY}
+        else:
+            own = {"do_sample": True, "temperature": self.temperature, "top_k": 0, "top_p": 1.0}
+            options = dict(self.options)
+        own |= {"use_cache": True, "repetition_penalty": 1.0, "no_repeat_ngram_size": 0} | options
         # Rows that have ended are filled with an id every model has; the mask hides it.
         return GenerationConfig(
             max_new_tokens=self.response_length,
             eos_token_id=list(self.stop_token_ids) or None,
             pad_token_id=0,
-            use_cache=True,
-            repetition_penalty=1.0,
-            no_repeat_ngram_size=0,
-            **({"do_sample": False} if self.greedy else drawn),
+            **own,
         )
 
 
-def stop_token_ids(config: Any, tokenizer: PreTrainedTokenizerBase, model: Any) -> tuple[int, ...]:
-    """The tokens that end a response: none, the one configured, or all end-of-sequence tokens."""
+def stop_token_ids(
+    config: Any,
+    tokenizer: PreTrainedTokenizerBase,
+    model: Any,
+    options: GenerationOptions | None = None,
+) -> tuple[int, ...]:
+    """The tokens that end a response: none, the one configured, or all end-of-sequence tokens.
+
+    With `stop_token="eos"` these are the tokenizer's, the model's and those of `options`; the end
+    tokens of `generation_kwargs` end a response in any case.
+    """
+    of_kwargs = options.eos_of_kwargs if options is not None else ()
     if config.stop_token_id is not None:
         return (int(config.stop_token_id),)
     if config.stop_token != "eos":
-        return ()
+        return of_kwargs
     of_model = model.generation_config.eos_token_id
     several = of_model if isinstance(of_model, (list, tuple)) else [of_model]
-    ids = [tokenizer.eos_token_id, *several]
+    of_config = options.eos_of_config if options is not None else ()
+    ids = [tokenizer.eos_token_id, *several, *of_config, *of_kwargs]
     return tuple(dict.fromkeys(int(i) for i in ids if i is not None))
 
 

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-import itertools
+import functools
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from accelerate.utils import gather_object
 from datasets import Dataset
 from peft import LoraConfig
 from torch import Tensor, nn
@@ -26,41 +26,61 @@ from trl_sync.backbone.shared import SharedBackbone
 from trl_sync.errors import ConfigError
 from trl_sync.ppo.checkpoint import CheckpointMixin
 from trl_sync.ppo.checks import (
-    check_models,
     check_output_folder,
     check_settings,
     check_stop_tokens,
 )
-from trl_sync.ppo.collectives import reduce_sum, together
+from trl_sync.ppo.collectives import reduce_sum
+from trl_sync.ppo.completions import answer_prompts, log_completions
 from trl_sync.ppo.config import BatchPlan, PPOConfig
-from trl_sync.ppo.evaluation import EvaluationBatch, EvaluationLoader, evaluate_prompts
+from trl_sync.ppo.evaluation import EvaluationLoader, evaluate_prompts
 from trl_sync.ppo.experience import EVALUATION, ExperienceLoader
-from trl_sync.ppo.loss import policy_loss, value_loss
+from trl_sync.ppo.kl_control import KLControl
+from trl_sync.ppo.loss import ppo_loss
 from trl_sync.ppo.metrics import MetricBuffer
+from trl_sync.ppo.model_card import ModelCardMixin, PushValueModel
+from trl_sync.ppo.models import build_models, causal_model_of, check_models
 from trl_sync.ppo.progress import PPOProgressCallback, print_completions
-from trl_sync.ppo.prompts import PromptDataset, check_tokenizer
-from trl_sync.ppo.rewards import ModelReward, RewardFunction, completion_texts, reward_source
-from trl_sync.ppo.rollout import Sampling, roll_out, seeded, stop_token_ids
+from trl_sync.ppo.prompts import DataCollator, PromptDataset, check_tokenizer
+from trl_sync.ppo.reward_scaling import RunningMoments
+from trl_sync.ppo.rewards import (
+    AnyReward,
+    attach_adapter,
+    reward_modules,
+    reward_source,
+)
+from trl_sync.ppo.rollout import Sampling, seeded
+from trl_sync.ppo.trl_attributes import TrlAttributes
+from trl_sync.ppo.updates import UpdateCallback, check_optimizers, split_off
+from trl_sync.renames import accepts_old_arguments
 
-COMPLETION_COLUMNS = ("query", "model response", "score")
 
-
-class PPOTrainer(CheckpointMixin):
-    """PPO with policy, value model and reference on one frozen base.
+@accepts_old_arguments
+class PPOTrainer(TrlAttributes, ModelCardMixin, CheckpointMixin):
+    """PPO on one frozen base that policy, value model and reference share, or on four models.
 
     A `transformers.Trainer`: clipping, accumulation, schedulers, logging, evaluation, checkpoints
     and callbacks behave as in every other one. `state.global_step` counts optimizer updates; an
     epoch is one pass over the prompts.
 
-    - `model`: a causal LM, which becomes the shared base, or a `SharedBackbone`.
-    - `reward_model`: a sequence classifier with one label, its path, or a function
-      `(prompts, completions, **columns) -> list[float]`.
+    - `model`: the policy, a causal LM or a PEFT model of one. Without `value_model` it becomes the
+      shared base; a `SharedBackbone` is one already.
+    - `ref_model`: the reference, with `value_model` only. Without it the reference is the policy as
+      it is at the beginning.
+    - `value_model`: a model with a scalar head. With it every model is separate, as in TRL;
+      `peft_config` then describes the policy's adapter, which may be of any PEFT type that changes
+      layers. Without it, policy and value model are LoRA adapters on the shared base.
+    - `reward_model`: a model that makes one number of a sequence, its path or hub name, a function
+      `(prompts, completions, **columns) -> list[float]`, or a list of these, which
+      `args.reward_weights` weighs. The path of an adapter on the shared base is put on that base;
+      a `SharedBackbone` with a reward adapter needs none.
+    - `reward_processing_classes`: a tokenizer for each reward model that is to read text tokenized
+      anew, None for the others. Not needed for a model whose tokenizer lies beside it.
     - `train_dataset`, `eval_dataset`: with a `prompt` column (text or messages) or `input_ids`;
       further columns go to reward functions.
-    - `peft_config`: LoRA options of policy and value adapter, with a causal LM only.
-
-    `ref_model` must be None (the reference is the base) and `value_model` must be None (the value
-    model is an adapter on it).
+    - `data_collator`: gets the prompts' `input_ids` and `attention_mask` alone, and may shorten
+      them; padding is taken off again.
+    - `peft_config`: LoRA options of policy and value adapter (see `value_model`).
 
     Raises:
         ConfigError: something that cannot work; nothing has been trained or written by then.
@@ -75,7 +95,7 @@ class PPOTrainer(CheckpointMixin):
         processing_class: PreTrainedTokenizerBase,
         model: PreTrainedModel | SharedBackbone,
         ref_model: nn.Module | None = None,
-        reward_model: nn.Module | RewardFunction | str | None = None,
+        reward_model: AnyReward = None,
         train_dataset: Dataset | None = None,
         value_model: nn.Module | None = None,
         data_collator: Any = None,
@@ -83,15 +103,28 @@ class PPOTrainer(CheckpointMixin):
         optimizers: tuple[Any, Any] = (None, None),
         callbacks: list[TrainerCallback] | None = None,
         peft_config: LoraConfig | None = None,
+        reward_processing_classes: Any = None,
     ) -> None:
         check_settings(args)
-        check_models(model, ref_model, value_model, data_collator, peft_config)
+        check_optimizers(args, optimizers)
+        check_models(args, model, ref_model, value_model, peft_config, reward_model)
         check_output_folder(Path(args.output_dir))
-        base = model.causal_model if isinstance(model, SharedBackbone) else model
+        base = causal_model_of(model)
         check_tokenizer(processing_class, base.get_input_embeddings().weight.shape[0])
-        train_prompts = _prompts(train_dataset, "train_dataset", processing_class, args, base)
-        eval_prompts = _eval_prompts(eval_dataset, processing_class, args, base)
+        self._make_prompts = functools.partial(
+            _prompts,
+            tokenizer=processing_class,
+            args=args,
+            context=getattr(base.config, "max_position_embeddings", None),
+            data_collator=data_collator,
+        )
+        train_prompts = self._make_prompts(train_dataset, "train_dataset")
+        eval_prompts = _eval_prompts(eval_dataset, self._make_prompts)
         self.plan = BatchPlan.derive(args, len(train_prompts))
+        self.kl_control = KLControl(args, self.plan.batch_size)
+        # Before anything is built: it may refuse settings.
+        self.sampling = Sampling.of(args, processing_class, base)
+        check_stop_tokens(args, self.sampling)
         self.plan.fill_in(args)
         # Own position: the stock one would roll out everything again, see ppo/checkpoint.py.
         args.ignore_data_skip = True
@@ -101,24 +134,27 @@ class PPOTrainer(CheckpointMixin):
             conversational=train_prompts.conversational,
             batch_size=args.local_rollout_forward_batch_size,
             device=args.device,
+            processing_classes=reward_processing_classes,
+            weights=args.reward_weights,
+            trainer_state=lambda: getattr(self, "state", None),
+            chat_template_kwargs=args.chat_template_kwargs,
+            base=model if value_model is None else None,
         )
         set_seed(args.seed)  # adapters are drawn here, alike on every rank
-        if not isinstance(model, SharedBackbone):
-            model = SharedBackbone(model, peft_config)
-        self.backbone = model
+        models = build_models(args, model, ref_model, value_model, peft_config)
+        attach_adapter(rewards, models)
+        self.backbone = models
         self.rewards = rewards
-        self.sampling = Sampling(
-            response_length=args.response_length,
-            temperature=args.temperature,
-            stop_token_ids=stop_token_ids(args, processing_class, base),
-        )
+        self.score_moments = RunningMoments()
         self._check_roles()
-        check_stop_tokens(args, self.sampling)
         self._train_started_s = time.perf_counter()
         self._first_step = 0
+        self._value_learning_rate = args.value_learning_rate
+        self._padding_token = base.config.pad_token_id
         super().__init__(
-            model=model,
+            model=models,
             args=args,
+            data_collator=data_collator,
             train_dataset=train_prompts,
             eval_dataset=eval_prompts,
             processing_class=processing_class,
@@ -127,16 +163,6 @@ class PPOTrainer(CheckpointMixin):
         )
         self.metrics = MetricBuffer(lambda tensor: reduce_sum(self.accelerator, tensor))
         self._set_up_callbacks()
-
-    @property
-    def reward_model(self) -> Any:
-        """The reward model, or the reward source if it is not a model."""
-        return self.rewards.model if isinstance(self.rewards, ModelReward) else self.rewards
-
-    @property
-    def stop_token_id(self) -> int | None:
-        """The first of the tokens that end a response."""
-        return next(iter(self.sampling.stop_token_ids), None)
 
     @property
     def episodes(self) -> int:
@@ -159,7 +185,10 @@ class PPOTrainer(CheckpointMixin):
             rewards=self.rewards,
             sampling=self.sampling,
             accelerator=self.accelerator,
+            kl_control=self.kl_control,
+            score_moments=self.score_moments,
             first_iteration=self._iterations_done_in_epoch,
+            updates_done=lambda: self.state.global_step,
             on_metrics=self.metrics.add_rollout,
         )
 
@@ -172,13 +201,7 @@ class PPOTrainer(CheckpointMixin):
         if eval_dataset is None:
             raise ConfigError("There is nothing to evaluate on: pass eval_dataset.")
         if not isinstance(eval_dataset, PromptDataset):
-            eval_dataset = _prompts(
-                eval_dataset,
-                "eval_dataset",
-                self.processing_class,
-                self.args,
-                self.backbone.causal_model,
-            )
+            eval_dataset = self._make_prompts(eval_dataset, "eval_dataset")
         return EvaluationLoader(
             eval_dataset,
             batch_size=self.args.eval_batch_size,
@@ -208,6 +231,7 @@ class PPOTrainer(CheckpointMixin):
                 self.sampling,
                 config=self.args,
                 accelerator=self.accelerator,
+                score_moments=self.score_moments,
             )
         prefixed = {f"{metric_key_prefix}_{name}": value for name, value in metrics.items()}
         return EvalLoopOutput(
@@ -241,28 +265,33 @@ class PPOTrainer(CheckpointMixin):
             roles=(POLICY, VALUE),
             temperature=self.args.temperature,
         )
-        denominator = inputs["loss_denominator"]
-        of_policy, policy_statistics = policy_loss(
+        loss, statistics = ppo_loss(
             outputs[POLICY]["logprobs"],
-            inputs["old_logprobs"],
-            inputs["advantages"],
-            mask,
-            cliprange=self.args.cliprange,
-            denominator=denominator,
-        )
-        of_value, value_statistics = value_loss(
             outputs[VALUE]["values"],
-            inputs["old_values"],
-            inputs["returns"],
-            mask,
-            cliprange_value=self.args.cliprange_value,
-            denominator=denominator,
+            inputs,
+            self.args,
+            policy_learns=self.state.global_step >= self.args.value_warmup_steps,
         )
         entropy = {"entropy": outputs[POLICY]["entropies"].detach().sum()}
-        self.metrics.add_micro_batch(policy_statistics | value_statistics | entropy)
+        self.metrics.add_micro_batch(statistics | entropy)
         # Every engine averages gradients over the processes; the denominator counts all of them.
-        loss = (of_policy + self.args.vf_coef * of_value) * self.plan.world_size
+        loss = loss * self.plan.world_size
         return (loss, outputs) if return_outputs else loss
+
+    def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
+        """The stock optimizer; with `value_learning_rate` the value model has groups of its own.
+
+        Takes what the stock method takes: from transformers 5.4 on, the model.
+
+        Raises:
+            ConfigError: the optimizer chosen by `optim` has no groups that could be split.
+        """
+        made_before = self.optimizer is not None
+        optimizer = super().create_optimizer(*args, **kwargs)
+        if self.args.value_learning_rate is not None and not made_before:
+            values = [parameter for _, parameter in self.backbone.role_parameters(VALUE)]
+            split_off(optimizer, values, self.args.value_learning_rate)
+        return optimizer
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Adds what PPO measured since the last training log line."""
@@ -276,6 +305,8 @@ class PPOTrainer(CheckpointMixin):
                 "lr": logs["learning_rate"],
                 "episode": self.episodes,
             }
+            if self._value_learning_rate is not None:
+                logs["value_lr"] = self._value_learning_rate
         super().log(logs, start_time)
 
     def completions(
@@ -299,113 +330,102 @@ class PPOTrainer(CheckpointMixin):
         self.backbone.eval()
         device, rank = self.accelerator.device, self.accelerator.process_index
         with seeded(device, self.args.seed, EVALUATION, rank), self.accelerator.autocast():
-            rows = together(
-                self.accelerator,
-                lambda: [
-                    row
-                    for batch in itertools.islice(loader, num_batches)
-                    for row in self._answer(batch, sampling, role)[: batch.num_counted]
-                ],
+            return answer_prompts(
+                self.backbone,
+                loader,
+                self.rewards,
+                sampling,
+                tokenizer=self.processing_class,
+                accelerator=self.accelerator,
+                batch_size=self.args.local_rollout_forward_batch_size,
+                role=role,
+                num_batches=num_batches,
             )
-        columns = zip(*gather_object(rows), strict=True)
-        return dict(zip(COMPLETION_COLUMNS, map(list, columns), strict=True))
 
     def generate_completions(self, sampling: bool = False) -> None:
-        """Prints greedy answers to the evaluation prompts with their scores.
+        """Prints greedy answers to the evaluation prompts with their scores; to trackers as well.
 
-        With `sampling` only to the first batch of each process, as during training.
+        With `sampling` only to the first batch of each process, as during training. Without
+        evaluation prompts nothing happens.
         """
         several = isinstance(self.eval_dataset, dict)
-        for name in self.eval_dataset if several else [None]:
+        names = [] if self.eval_dataset is None else self.eval_dataset if several else [None]
+        for name in names:
             columns = self.completions(name, greedy=True, num_batches=1 if sampling else None)
             if self.is_world_process_zero():
                 title = f"step {self.state.global_step}"
                 print_completions(columns, title=f"{title}, {name}" if several else title)
+                log_completions(
+                    columns,
+                    step=self.state.global_step,
+                    name=f"completions_{name}" if several else "completions",
+                    report_to=self.args.report_to,
+                    callbacks=self.callback_handler.callbacks,
+                )
 
-    def _answer(
-        self, batch: EvaluationBatch, sampling: Sampling, role: str
-    ) -> list[tuple[str, str, float]]:
-        rollout = roll_out(
-            self.backbone,
-            batch.prompts,
-            sampling,
-            batch_size=self.args.local_rollout_forward_batch_size,
-            device=self.accelerator.device,
-            role=role,
-        )
-        queries = self.processing_class.batch_decode(
-            batch.prompts.token_ids, skip_special_tokens=True
-        )
-        responses = completion_texts(rollout, self.processing_class)
-        return list(zip(queries, responses, self.rewards(rollout).tolist(), strict=True))
+    def _stateful(self) -> dict[str, Any]:
+        parts: dict[str, Any] = {}
+        if self.kl_control.adaptive:
+            parts["kl_control"] = self.kl_control
+        if self.args.use_score_scaling:
+            parts["score_moments"] = self.score_moments
+        return parts
 
     def _iterations_done_in_epoch(self) -> int:
         done = self.state.global_step % self.plan.updates_per_epoch
         return done // self.plan.updates_per_iteration
 
+    def _keep_padding_token(self) -> None:
+        """Undoes that the stock loop gives the model the tokenizer's padding token without a row.
+
+        A `[PAD]` that was added without resizing has no embedding, and a model that is saved with
+        its id cannot be loaded again.
+        """
+        model = self.backbone.causal_model
+        padding, rows = model.config.pad_token_id, model.get_input_embeddings().weight.shape[0]
+        if padding is not None and padding >= rows:
+            model.config.pad_token_id = self._padding_token
+
     def _check_roles(self) -> None:
         """The reward model is frozen and outside the optimizer, the reference never trains."""
         self.backbone.check_roles()
-        if isinstance(self.rewards, ModelReward):
-            trained = [p for p in self.backbone.parameters() if p.requires_grad]
-            check_frozen("reward model", self.rewards.model, trained)
+        trained = [p for p in self.backbone.parameters() if p.requires_grad]
+        for name, model in reward_modules(self.rewards).items():
+            check_frozen(name, model, trained)
 
     def _set_up_callbacks(self) -> None:
         if self.pop_callback(ProgressCallback) is not None:
             self.add_callback(PPOProgressCallback())
+        self.add_callback(PushValueModel())
         # First, so that every other callback sees the epoch as it is.
-        self.callback_handler.callbacks.insert(0, _UpdateCallback(self))
-
-
-class _UpdateCallback(TrainerCallback):
-    """Closes each optimizer update: its metrics, the epoch, and now and then completions."""
-
-    def __init__(self, trainer: PPOTrainer) -> None:
-        self._trainer = trainer
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self._trainer._train_started_s = time.perf_counter()
-        self._trainer._first_step = state.global_step
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self._trainer.metrics.end_update()
-        plan = self._trainer.plan
-        # The stock loop counts from the beginning of the epoch, also after resuming inside it.
-        state.epoch = state.global_step / plan.updates_per_epoch
-        every = max(1, plan.num_iterations // max(1, args.num_sample_generations))
-        wanted = args.num_sample_generations and self._trainer.eval_dataset is not None
-        iterations, inside = divmod(state.global_step, plan.updates_per_iteration)
-        if wanted and not inside and iterations % every == 0:
-            self._trainer.generate_completions(sampling=True)
+        self.callback_handler.callbacks.insert(0, UpdateCallback(self))
 
 
 def _prompts(
     dataset: Any,
     name: str,
+    *,
     tokenizer: PreTrainedTokenizerBase,
     args: PPOConfig,
-    base: PreTrainedModel,
+    context: int | None,
+    data_collator: DataCollator | None,
 ) -> PromptDataset:
     if dataset is None:
         raise ConfigError(f"{name} is missing: PPO needs prompts.")
-    context = getattr(base.config, "max_position_embeddings", None)
+    template_kwargs = args.chat_template_kwargs
+    assert not isinstance(template_kwargs, str)  # read by PPOConfig
     return PromptDataset(
         dataset,
         tokenizer,
         max_prompt_tokens=None if context is None else context - args.response_length,
         response_length=args.response_length,
         num_proc=args.dataset_num_proc,
+        chat_template_kwargs=template_kwargs,
+        data_collator=data_collator,
     )
 
 
-def _eval_prompts(
-    dataset: Any, tokenizer: PreTrainedTokenizerBase, args: PPOConfig, base: PreTrainedModel
-) -> Any:
-    if dataset is None:
-        return None
+def _eval_prompts(dataset: Any, make: Callable[[Any, str], PromptDataset]) -> Any:
     if isinstance(dataset, dict):
-        return {
-            name: _prompts(part, f"eval_dataset[{name!r}]", tokenizer, args, base)
-            for name, part in dataset.items()
-        }
-    return _prompts(dataset, "eval_dataset", tokenizer, args, base)
+        return {name: make(part, f"eval_dataset[{name!r}]") for name, part in dataset.items()}
+    return None if dataset is None else make(dataset, "eval_dataset")
