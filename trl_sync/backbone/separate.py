@@ -23,6 +23,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.utils import logging
 
 from trl_sync.backbone.checkpointing import (
+    OldCheckpointingNames,
     disable_checkpointing,
     enable_checkpointing,
     is_checkpointing,
@@ -36,6 +37,7 @@ from trl_sync.backbone.logprob import (
     knows_head,
     token_statistics,
 )
+from trl_sync.backbone.passes import model_inputs, on_response, trunk_of
 from trl_sync.backbone.quantization import check_not_repacked, keep_packed_weights
 from trl_sync.backbone.roles import POLICY, REFERENCE, VALUE, Role, RoleState, freeze
 from trl_sync.backbone.scalar_head import find_scalar_head, without_adapters
@@ -48,7 +50,7 @@ RoleOutputs = dict[str, dict[str, Tensor]]
 logger = logging.get_logger(__name__)
 
 
-class SeparateModels(nn.Module):
+class SeparateModels(OldCheckpointingNames, nn.Module):
     """A policy, a value model and a reference, each full, PEFT or quantized.
 
     | role | model | trained |
@@ -159,20 +161,10 @@ class SeparateModels(nn.Module):
             else:
                 model.disable_input_require_grads()
 
-    def gradient_checkpointing_enable(
-        self, gradient_checkpointing_kwargs: dict[str, Any] | None = None, **kwargs: Any
-    ) -> None:
-        """The older name of `activation_checkpointing_enable`."""
-        self.activation_checkpointing_enable(gradient_checkpointing_kwargs, **kwargs)
-
     def activation_checkpointing_disable(self) -> None:
         """Keep activations instead of recomputing them."""
         for model in (self.causal_model, _transformers_model(self.value_model)):
             disable_checkpointing(model)
-
-    def gradient_checkpointing_disable(self) -> None:
-        """The older name of `activation_checkpointing_disable`."""
-        self.activation_checkpointing_disable()
 
     def forward(
         self,
@@ -188,7 +180,7 @@ class SeparateModels(nn.Module):
         temperature)), the value role gives `values`; all [B, R] in fp32, 0.0 where
         `response_mask` is False. Prompts are padded on the left, responses on the right.
         """
-        inputs = _inputs(input_ids[:, :-1], attention_mask[:, :-1])
+        inputs = model_inputs(input_ids[:, :-1], attention_mask[:, :-1])
         tokens = input_ids[:, -response_mask.shape[1] :]
         outputs: RoleOutputs = {}
         for role in roles:
@@ -327,8 +319,8 @@ class SeparateModels(nn.Module):
     ) -> dict[str, Tensor]:
         num_response = mask.shape[1]
         if knows_head(model):
-            trunk = getattr(model, model.base_model_prefix)
-            hidden = trunk(**inputs, use_cache=False).last_hidden_state[:, -num_response:]
+            hidden = trunk_of(model)(**inputs, use_cache=False).last_hidden_state
+            hidden = hidden[:, -num_response:]
             head = CausalHead(model)
             statistics = chunked_token_statistics(
                 hidden[mask],
@@ -341,12 +333,7 @@ class SeparateModels(nn.Module):
         else:
             logits = model(**inputs, use_cache=False).logits[:, -num_response:]
             statistics = token_statistics(logits[mask], tokens[mask], temperature)
-        zeros = torch.zeros(mask.shape, dtype=torch.float32, device=mask.device)
-        names = ("logprobs", "entropies")
-        return {
-            name: zeros.masked_scatter(mask, found)
-            for name, found in zip(names, statistics, strict=True)
-        }
+        return on_response(mask, *statistics)
 
 
 @contextlib.contextmanager
@@ -369,18 +356,6 @@ def reference_adapter(policy: PeftModel, adapter: str | None) -> Iterator[None]:
             policy.set_adapter(active)
         for parameter, flag in flags:
             parameter.requires_grad_(flag)
-
-
-def _inputs(
-    input_ids: Int[Tensor, "B T"], attention_mask: Bool[Tensor, "B T"]
-) -> dict[str, Tensor]:
-    mask = attention_mask.bool()
-    return {
-        # Padding ids may lie outside the embedding (a pad token added without resizing).
-        "input_ids": input_ids.masked_fill(~mask, 0),
-        "attention_mask": mask.long(),
-        "position_ids": (mask.long().cumsum(-1) - 1).clamp(min=0),
-    }
 
 
 def _active_adapter(model: Any) -> str | None:

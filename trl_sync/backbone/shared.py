@@ -14,10 +14,15 @@ from torch import Tensor, nn
 from transformers import GenerationConfig, PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from trl_sync.backbone.checkpointing import disable_checkpointing, enable_checkpointing
+from trl_sync.backbone.checkpointing import (
+    OldCheckpointingNames,
+    disable_checkpointing,
+    enable_checkpointing,
+)
 from trl_sync.backbone.fingerprint import base_tensors, fingerprint_of
 from trl_sync.backbone.generation import evaluation_mode, own_generation_config
 from trl_sync.backbone.logprob import CHUNK_BYTES, CausalHead, chunked_token_statistics
+from trl_sync.backbone.passes import model_inputs, on_response, trunk_of
 from trl_sync.backbone.quantization import check_not_repacked, keep_packed_weights
 from trl_sync.backbone.reward_adapter import add_reward_lora
 from trl_sync.backbone.roles import POLICY, REFERENCE, REWARD, VALUE, Role, RoleState
@@ -33,7 +38,7 @@ from trl_sync.errors import ConfigError
 RoleOutputs = dict[str, dict[str, Tensor]]
 
 
-class SharedBackbone(nn.Module):
+class SharedBackbone(OldCheckpointingNames, nn.Module):
     """One base in memory, seen through three roles, or four.
 
     | role | view | trained |
@@ -203,19 +208,9 @@ class SharedBackbone(nn.Module):
         # The non-reentrant kind needs no gradient at the embeddings, which stay frozen.
         self.causal_model.disable_input_require_grads()
 
-    def gradient_checkpointing_enable(
-        self, gradient_checkpointing_kwargs: dict[str, Any] | None = None, **kwargs: Any
-    ) -> None:
-        """The older name of `activation_checkpointing_enable`."""
-        self.activation_checkpointing_enable(gradient_checkpointing_kwargs, **kwargs)
-
     def activation_checkpointing_disable(self) -> None:
         """Keep activations instead of recomputing them."""
         disable_checkpointing(self.causal_model)
-
-    def gradient_checkpointing_disable(self) -> None:
-        """The older name of `activation_checkpointing_disable`."""
-        self.activation_checkpointing_disable()
 
     def forward(
         self,
@@ -342,17 +337,12 @@ class SharedBackbone(nn.Module):
         attention_mask: Bool[Tensor, "B T"],
         roles: Sequence[str],
     ) -> Float[Tensor, "roles_B T H"]:
-        mask = attention_mask.bool()
-        # Padding ids may lie outside the embedding (a pad token added without resizing).
-        tokens = input_ids.masked_fill(~mask, 0)
-        positions = (mask.long().cumsum(-1) - 1).clamp(min=0)
+        inputs = {
+            name: tensor.repeat(len(roles), 1)
+            for name, tensor in model_inputs(input_ids, attention_mask).items()
+        }
         with self.router.routes(*(self.roles[role].adapter for role in roles)):
-            output = _trunk(self.causal_model)(
-                input_ids=tokens.repeat(len(roles), 1),
-                attention_mask=mask.long().repeat(len(roles), 1),
-                position_ids=positions.repeat(len(roles), 1),
-                use_cache=False,
-            )
+            output = trunk_of(self.causal_model)(**inputs, use_cache=False)
         return output.last_hidden_state
 
     def _values(
@@ -391,12 +381,7 @@ class SharedBackbone(nn.Module):
                 chunk_bytes=self.logprob_chunk_bytes,
                 context_fn=self.router.checkpoint_contexts,
             )
-        zeros = torch.zeros(mask.shape, dtype=torch.float32, device=mask.device)
-        names = ("logprobs", "entropies")
-        return {
-            name: zeros.masked_scatter(mask, found)
-            for name, found in zip(names, statistics, strict=True)
-        }
+        return on_response(mask, *statistics)
 
     def _trunk_device(self) -> torch.device:
         return self.causal_model.get_input_embeddings().weight.device
@@ -405,12 +390,6 @@ class SharedBackbone(nn.Module):
 def default_lora_config() -> LoraConfig:
     """LoRA of rank 16 on every linear layer but the LM head, without dropout."""
     return LoraConfig(r=16, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM")
-
-
-def _trunk(model: PreTrainedModel) -> nn.Module:
-    """The causal LM without its head."""
-    trunk: nn.Module = getattr(model, model.base_model_prefix)
-    return trunk
 
 
 def _hidden_size(model: PreTrainedModel) -> int:

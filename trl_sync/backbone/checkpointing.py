@@ -1,0 +1,70 @@
+"""Recomputing activations in backward, on every supported version of transformers.
+
+transformers 5.23 renamed `gradient_checkpointing_*` to `activation_checkpointing_*` and warns at
+the old names; earlier versions have only those.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+from trl_sync.errors import ConfigError
+
+KINDS = ("activation", "gradient")
+
+
+def enable_checkpointing(
+    model: nn.Module, options: dict[str, Any] | None = None, **kwargs: Any
+) -> None:
+    """Has the model recompute its activations; `options` are those of torch's `checkpoint`.
+
+    Raises:
+        ConfigError: it has no such method.
+    """
+    kind = _kind(model, "enable")
+    if options is not None:
+        kwargs[f"{kind}_checkpointing_kwargs"] = options
+    getattr(model, f"{kind}_checkpointing_enable")(**kwargs)
+
+
+def disable_checkpointing(model: nn.Module) -> None:
+    """Has the model keep its activations.
+
+    Raises:
+        ConfigError: it has no such method.
+    """
+    getattr(model, f"{_kind(model, 'disable')}_checkpointing_disable")()
+
+
+def is_checkpointing(model: nn.Module) -> bool:
+    """Whether the model recomputes its activations."""
+    for kind in KINDS:
+        name = f"is_{kind}_checkpointing"
+        if hasattr(type(model), name):
+            return bool(getattr(model, name))
+    return False
+
+
+class OldCheckpointingNames:
+    """The names from before transformers 5.23, for modules that implement the newer ones."""
+
+    def gradient_checkpointing_enable(
+        self, gradient_checkpointing_kwargs: dict[str, Any] | None = None, **kwargs: Any
+    ) -> None:
+        """The older name of `activation_checkpointing_enable`."""
+        enable: Any = getattr(self, "activation_checkpointing_enable")  # noqa: B009 - of a mixin
+        enable(gradient_checkpointing_kwargs, **kwargs)
+
+    def gradient_checkpointing_disable(self) -> None:
+        """The older name of `activation_checkpointing_disable`."""
+        disable: Any = getattr(self, "activation_checkpointing_disable")  # noqa: B009
+        disable()
+
+
+def _kind(model: nn.Module, what: str) -> str:
+    for kind in KINDS:
+        if hasattr(model, f"{kind}_checkpointing_{what}"):
+            return kind
+    raise ConfigError(f"{type(model).__name__} cannot recompute its activations in backward.")
