@@ -10,6 +10,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
+from trl_sync.ppo import reward_scaling
 from trl_sync.ppo.collectives import reduce_sum
 
 _MAX_ERROR = 0.2
@@ -54,27 +55,17 @@ class RunningMoments:
 
     @torch.no_grad()
     def update(self, xs: Tensor) -> tuple[float, float]:
-        """Adds the scores of this batch; returns their own mean and standard deviation.
-
-        A collective. Source: Chan et al., "Updating Formulae and a Pairwise Algorithm for Computing
-        Sample Variances" (1979).
-        """
-        xs = xs.detach().double().flatten()
-        number = torch.tensor(float(xs.numel()), dtype=torch.float64, device=xs.device)
-        total, number = reduce_sum(self.accelerator, torch.stack([xs.sum(), number]))
-        mean = total / number
-        squares = float(reduce_sum(self.accelerator, (xs - mean).square().sum()))
-        batch_mean, batch_count = float(mean), float(number)
-
-        delta = batch_mean - self.mean
-        count = self.count + batch_count
-        all_squares = squares + self.var * self.count + delta**2 * self.count * batch_count / count
-        self.mean += delta * batch_count / count
-        self.var = all_squares / count
-        # One score has no deviation.
-        self.std = (all_squares / (count - 1)) ** 0.5 if count > 1 else 1.0
-        self.count = count
-        return batch_mean, (squares / max(batch_count - 1, 1)) ** 0.5
+        """Adds the scores of this batch; returns their own mean and standard deviation."""
+        moments = reward_scaling.RunningMoments()
+        moments.load_state_dict(
+            {"mean": self.mean, "variance": self.var, "std": self.std, "count": self.count}
+        )
+        of_batch = moments.update(
+            xs.detach().flatten(), lambda tensor: reduce_sum(self.accelerator, tensor)
+        )
+        self.mean, self.var, self.std = moments.mean, moments.variance, moments.std
+        self.count = moments.count
+        return of_batch
 
     def save_to_json(self, json_path: str) -> None:
         """Writes the moments, on the main process."""

@@ -34,13 +34,18 @@ class RunningMoments:
         self.std = 1.0
         self.count = 0.0
 
-    def update(self, scores: Float[Tensor, " B"], reduce_sum: ReduceSum) -> None:
-        """Takes in the scores of one rollout of all processes. A collective."""
+    def update(self, scores: Float[Tensor, " B"], reduce_sum: ReduceSum) -> tuple[float, float]:
+        """Takes in the scores of one rollout of all processes; returns their mean and deviation.
+
+        A collective. Source: Chan et al., "Updating Formulae and a Pairwise Algorithm for Computing
+        Sample Variances" (1979).
+        """
         values = scores.double()
         count_here = values.new_tensor(len(values))
         total, count = reduce_sum(torch.stack([values.sum(), count_here])).tolist()
         mean = total / count
         squares = float(reduce_sum((values - mean).pow(2).sum()))
+        deviation = math.sqrt(squares / max(count - 1, 1))
         before, self.count = self.count, self.count + count
         delta = mean - self.mean
         squares += self.variance * before + delta**2 * before * count / self.count
@@ -48,6 +53,7 @@ class RunningMoments:
         self.variance = squares / self.count
         if self.count > 1:
             self.std = math.sqrt(squares / (self.count - 1))
+        return mean, deviation
 
     def state_dict(self) -> dict[str, float]:
         """The numbers that a checkpoint keeps."""
