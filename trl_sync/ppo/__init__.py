@@ -20,7 +20,8 @@ The whole of training, with each Trainer event in its place:
                     optimizer.step()
                     on_optimizer_step
                     scheduler.step()
-                    on_step_end                           # global_step + 1
+                    on_step_end                           # global_step + 1; target_kl may end
+                                                          # the iteration here
                     log, evaluate, save                   # a save waits for the iteration's end
         on_epoch_end
     on_train_end
