@@ -35,7 +35,7 @@ SETTINGS: dict[str, Any] = {
     "response_length": 40,
     "stop_token": "eos",
     "temperature": 1.0,
-    "learning_rate": 1e-4,
+    "learning_rate": 3e-4,
     "kl_coef": 0.05,
     "missing_eos_penalty": 1.0,
     "local_rollout_forward_batch_size": 128,

@@ -274,8 +274,10 @@ def two_ranks(folder: Path) -> dict[str, Any]:
         )
         trainer.train()
         trainer.save_model()
-        found[name] = {n: float(p.double().sum()) for n, p in trainer.backbone.named_parameters()}
-        reward = trainer.reward_model.score.weight
+        found[name] = {
+            n: float(p.detach().double().sum()) for n, p in trainer.backbone.named_parameters()
+        }
+        reward = trainer.reward_model.score.weight.detach()
         found[f"{name} reward"] = float(reward.double().sum())
     return found
 
@@ -287,5 +289,14 @@ def test_two_ranks_agree(tmp_path: Path) -> None:
     first, second = run_on_ranks(two_ranks, tmp_path)
     assert first["full"] == second["full"]
     assert first["lora"] == second["lora"]
+    for name in ("full reward", "lora reward"):
+        # Defect 12: each rank had drawn a head of its own.
+        assert (
+            first[name]
+            == second[name]
+            == pytest.approx(
+                float(tiny.reward_llama(seed=100).score.weight.detach().double().sum())
+            )
+        )
     for name in ("full", "lora"):
         assert (tmp_path / name / "out/training_args.bin").is_file()

@@ -12,6 +12,14 @@ from trl_sync.backbone.scalar_head import find_scalar_head, without_adapters
 from trl_sync.errors import ConfigError
 
 
+def encoder_decoder_error(model: Any) -> ConfigError:
+    """What to say of a model that PPOTrainer does not train, though the step API does."""
+    return ConfigError(
+        f"{type(model).__name__} is an encoder-decoder model, which PPOTrainer does not train: use "
+        "a causal LM, or trl_sync.legacy with AutoModelForSeq2SeqLMWithValueHead."
+    )
+
+
 def check_policy(policy: Any, peft_config: Any) -> None:
     """Nothing, if `policy` is a causal LM that can train.
 
@@ -22,10 +30,7 @@ def check_policy(policy: Any, peft_config: Any) -> None:
         raise ConfigError(f"model must be a causal LM, got {type(policy).__name__}{_hint(policy)}.")
     inner = without_adapters(policy)
     if getattr(inner.config, "is_encoder_decoder", False):
-        raise ConfigError(
-            f"{type(inner).__name__} is an encoder-decoder model, which PPOTrainer does not train: "
-            "use a causal LM, or trl_sync.legacy with AutoModelForSeq2SeqLMWithValueHead."
-        )
+        raise encoder_decoder_error(inner)
     if inner.get_output_embeddings() is None:
         raise ConfigError(f"{type(inner).__name__} has no LM head: load an AutoModelForCausalLM.")
     if isinstance(policy, PeftModel):

@@ -10,7 +10,11 @@ from transformers import PreTrainedModel
 from trl_sync.backbone.roles import POLICY, REFERENCE
 from trl_sync.backbone.scalar_head import without_adapters
 from trl_sync.backbone.separate import SeparateModels
-from trl_sync.backbone.separate_checks import check_policy, check_value_model
+from trl_sync.backbone.separate_checks import (
+    check_policy,
+    check_value_model,
+    encoder_decoder_error,
+)
 from trl_sync.backbone.shared import SharedBackbone
 from trl_sync.errors import ConfigError
 from trl_sync.ppo.config import PPOConfig
@@ -102,6 +106,8 @@ def _check_base(model: Any, ref_model: Any, peft_config: Any) -> None:
             + ". For a shared backbone load base and SFT adapter with "
             "trl_sync.load_shared_backbone; or pass a value_model of its own."
         )
+    if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+        raise encoder_decoder_error(model)
     if not isinstance(model, PreTrainedModel):
         raise ConfigError(
             f"model must be a causal LM or a SharedBackbone, got {type(model).__name__}. Of one "

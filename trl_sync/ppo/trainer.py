@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
+    Trainer,
     TrainerCallback,
     set_seed,
 )
@@ -30,7 +31,7 @@ from trl_sync.ppo.checks import (
     check_settings,
     check_stop_tokens,
 )
-from trl_sync.ppo.collectives import reduce_sum
+from trl_sync.ppo.collectives import reduce_sum, share_frozen
 from trl_sync.ppo.completions import answer_prompts, log_completions
 from trl_sync.ppo.config import BatchPlan, PPOConfig
 from trl_sync.ppo.evaluation import EvaluationLoader, evaluate_prompts
@@ -161,6 +162,13 @@ class PPOTrainer(TrlAttributes, ModelCardMixin, CheckpointMixin):
             callbacks=callbacks,
             optimizers=optimizers,
         )
+        if not hasattr(Trainer, "loss_is_scaled_for_ga"):
+            # transformers before 5.19: the loop divides the loss unless there is such a function
+            # (which is never called: `compute_loss` is), and accelerate divides it once more.
+            self.compute_loss_func = self.compute_loss
+            self.accelerator.gradient_accumulation_steps = 1
+        for name, frozen in reward_modules(rewards).items():
+            share_frozen(self.accelerator, frozen, name)
         self.metrics = MetricBuffer(lambda tensor: reduce_sum(self.accelerator, tensor))
         self._set_up_callbacks()
 
@@ -278,16 +286,14 @@ class PPOTrainer(TrlAttributes, ModelCardMixin, CheckpointMixin):
         loss = loss * self.plan.world_size
         return (loss, outputs) if return_outputs else loss
 
-    def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
+    def create_optimizer(self, model: Any = None) -> Any:
         """The stock optimizer; with `value_learning_rate` the value model has groups of its own.
-
-        Takes what the stock method takes: from transformers 5.4 on, the model.
 
         Raises:
             ConfigError: the optimizer chosen by `optim` has no groups that could be split.
         """
         made_before = self.optimizer is not None
-        optimizer = super().create_optimizer(*args, **kwargs)
+        optimizer = super().create_optimizer(model)
         if self.args.value_learning_rate is not None and not made_before:
             values = [parameter for _, parameter in self.backbone.role_parameters(VALUE)]
             split_off(optimizer, values, self.args.value_learning_rate)
