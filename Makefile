@@ -3,7 +3,10 @@ PYTHON ?= python3
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: demo test lint format clean
+# What a quick run leaves out: slow tests, several processes, comparisons with another TRL.
+FAST := not slow and not ranks and not oracle
+
+.PHONY: demo test test-fast test-floor lint format clean
 
 # PPO on one shared 4-bit base, from nothing: builds a small task, solves it, shows before and after.
 demo: $(INSTALLED)
@@ -12,6 +15,15 @@ demo: $(INSTALLED)
 
 test: $(INSTALLED) .oracle/trl
 	$(BIN)/python -m pytest
+
+test-fast: $(INSTALLED)
+	$(BIN)/python -m pytest -m "$(FAST)"
+
+# The same on the oldest supported TRL and transformers, for what depends on them.
+test-floor: $(INSTALLED) .floor/trl
+	PYTHONPATH=$(CURDIR)/.floor $(BIN)/python -m pytest -m "$(FAST) and not newest" \
+		tests/test_versions.py tests/test_value_head.py tests/backbone tests/ppo tests/legacy \
+		tests/compat $(addprefix tests/audit/test_,inventory.py manifest_base.py manifest_tensors.py)
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .
@@ -34,5 +46,11 @@ $(INSTALLED): pyproject.toml constraints.txt
 	$(BIN)/pip install --quiet --no-deps --target .oracle trl==1.12.0
 	touch $@
 
+# Beside the installed versions, before them on the path.
+.floor/trl: constraints-floor.txt $(INSTALLED)
+	rm -rf .floor
+	$(BIN)/pip install --quiet --no-deps --target .floor --requirement constraints-floor.txt
+	touch $@
+
 clean:
-	rm -rf $(VENV) .oracle build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) .oracle .floor build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -58,6 +58,7 @@ from trl_sync import (
     CheckpointError,
     ConfigError,
 )
+from trl_sync.backbone.checkpointing import is_checkpointing
 from trl_sync.value_head import ValueHead
 
 COMMON = {"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
@@ -308,6 +309,30 @@ def test_a_model_without_a_saved_head_gets_a_new_one(
     assert first.v_head.summary.bias.abs().item() > 0
 
 
+def test_a_head_that_could_not_be_looked_up_is_told(
+    base: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """An adapter in the hub's cache, and no hub to ask for its value head."""
+    commit = "0123456789" * 4
+    repository = tmp_path / "models--me--ppo"
+    snapshot = repository / "snapshots" / commit
+    (repository / "refs").mkdir(parents=True)
+    (repository / "refs" / "main").write_text(commit)
+    kind("llama").from_pretrained(base, peft_config=lora()).save_pretrained(snapshot)
+    for name in ("v_head.safetensors", "pytorch_model.bin"):
+        (snapshot / name).unlink()
+    options = {"cache_dir": str(tmp_path), "local_files_only": True}
+    caplog.clear()
+    kind("llama").from_pretrained("me/ppo", **options)
+    assert "A value head of me/ppo could not be looked up" in caplog.text
+    # The cache knows of a file that the hub has not.
+    (repository / ".no_exist" / commit).mkdir(parents=True)
+    (repository / ".no_exist" / commit / "v_head.safetensors").touch()
+    caplog.clear()
+    kind("llama").from_pretrained("me/ppo", **options)
+    assert "No value head was saved with me/ppo" in caplog.text
+
+
 def test_an_older_pytorch_model_bin_is_read(tmp_path: Path) -> None:
     model = with_head()
     model.save_pretrained(tmp_path)
@@ -354,6 +379,7 @@ def test_half_precision_keeps_the_head_in_fp32_and_exact(tmp_path: Path) -> None
     assert torch.equal(again.v_head.summary.weight, model.v_head.summary.weight)
 
 
+@pytest.mark.newest
 @pytest.mark.parametrize("peft", [False, True])
 def test_push_to_hub_uploads_the_head(peft: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """TRL issues 1650, 2095 and 1379."""
@@ -453,7 +479,7 @@ def test_the_older_names_of_quantization_are_taken(base: str) -> None:
     model = kind("llama").from_pretrained(base, load_in_8bit=True, peft_config=lora())
     assert model.is_loaded_in_8bit
     # as PEFT prepares a quantized model
-    assert model.pretrained_model.base_model.model.is_activation_checkpointing
+    assert is_checkpointing(model.pretrained_model.base_model.model)
     assert not kind("llama").from_pretrained(base, load_in_8bit=False).is_loaded_in_8bit
 
 
@@ -528,9 +554,11 @@ def test_generate_is_that_of_the_model(name: str) -> None:
 def test_gradient_checkpointing_is_switched() -> None:
     model = with_head()
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    assert model.pretrained_model.is_activation_checkpointing
+    assert is_checkpointing(model.pretrained_model)
+    assert model.is_gradient_checkpointing
     model.gradient_checkpointing_disable()
-    assert not model.pretrained_model.is_activation_checkpointing
+    assert not is_checkpointing(model.pretrained_model)
+    assert not model.is_gradient_checkpointing
     model.enable_input_require_grads()
     assert model.pretrained_model.get_input_embeddings()(INPUT_IDS).requires_grad
 
@@ -652,6 +680,15 @@ def test_a_sequence_to_sequence_model_needs_an_lm_head() -> None:
     config = plain("bart").config
     with pytest.raises(ConfigError, match="has no LM head"):
         AutoModelForSeq2SeqLMWithValueHead.from_pretrained(BartModel(config))
+
+
+def test_a_model_of_the_other_kind_is_refused() -> None:
+    with pytest.raises(
+        ConfigError, match="LlamaForCausalLM has no encoder: use AutoModelForCausal"
+    ):
+        AutoModelForSeq2SeqLMWithValueHead.from_pretrained(plain("llama"))
+    with pytest.raises(ConfigError, match="encoder-decoder model: use AutoModelForSeq2Seq"):
+        AutoModelForCausalLMWithValueHead.from_pretrained(plain("bart"))
 
 
 def test_a_model_that_is_offloaded_is_refused() -> None:

@@ -124,6 +124,9 @@ def test_what_trls_reward_trainer_saves_works(llama_folder: str, tmp_path: Path)
     torch.manual_seed(6)
     model = AutoModelForSequenceClassification.from_pretrained(llama_folder, num_labels=1)
     pairs = {"chosen": ["ab", "cd e", "f"] * 4, "rejected": ["b", "g", "hi j"] * 4}
+    # transformers 5.23 renamed it
+    names = ("activation_checkpointing", "gradient_checkpointing")
+    checkpointing = next(name for name in names if name in RewardConfig.__dataclass_fields__)
     config = RewardConfig(
         output_dir=str(tmp_path),
         per_device_train_batch_size=4,
@@ -134,8 +137,8 @@ def test_what_trls_reward_trainer_saves_works(llama_folder: str, tmp_path: Path)
         report_to=[],
         save_strategy="no",
         disable_tqdm=True,
-        activation_checkpointing=False,
         dataloader_pin_memory=False,
+        **{checkpointing: False},
     )
     trainer = RewardTrainer(
         model=model,

@@ -26,6 +26,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import GemmaConfig, GemmaForCausalLM, PreTrainedModel
 
 import tiny
+from trl_sync.backbone.checkpointing import enable_checkpointing
 from trl_sync.backbone.routing import AdapterRouter, check_lora_config
 from trl_sync.backbone.shared import SharedBackbone
 from trl_sync.errors import ConfigError
@@ -91,9 +92,7 @@ def stacked(
 
 def checkpoint_layers(model: PeftModel, router: AdapterRouter) -> None:
     inner = model.base_model.model
-    inner.activation_checkpointing_enable(
-        {"use_reentrant": False, "context_fn": router.checkpoint_contexts}
-    )
+    enable_checkpointing(inner, {"use_reentrant": False, "context_fn": router.checkpoint_contexts})
     model.train()
 
 
@@ -357,7 +356,7 @@ def test_switching_adapters_under_checkpointing_gives_wrong_gradients(llama_fold
     configs = dict.fromkeys(adapters, ADAPTERS["value"])
     expected = separate(peft_model(load(llama_folder, "fp32"), configs), batch, adapters)[1]
     model = peft_model(load(llama_folder, "fp32"), configs)
-    model.base_model.model.activation_checkpointing_enable({"use_reentrant": False})
+    enable_checkpointing(model.base_model.model, {"use_reentrant": False})
     model.train()
     parts = []
     for index, adapter in enumerate(adapters):
@@ -474,7 +473,8 @@ def test_checkpointing_is_never_reentrant(llama_folder: str, options: Any) -> No
     with pytest.raises(ConfigError, match="use_reentrant=True"):
         backbone.activation_checkpointing_enable({"use_reentrant": True})
     backbone.activation_checkpointing_enable(options)
-    function = backbone.causal_model.model.layers[0]._gradient_checkpointing_func
+    wrapped = backbone.causal_model.model.layers[0]._gradient_checkpointing_func
+    function = wrapped.args[1]  # what the layer's evaluation mode is put around
     assert function.func is checkpoint
     assert function.keywords["use_reentrant"] is False
 

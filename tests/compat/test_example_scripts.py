@@ -93,6 +93,7 @@ def _run_with_shim(script: str, arguments: list[str], home: Path) -> str:
     return done.stdout
 
 
+@pytest.mark.newest
 @pytest.mark.slow
 def test_ppo_with_the_shim(options: list[str], tmp_path: Path) -> None:
     folder = tmp_path / "saved"
@@ -100,6 +101,7 @@ def test_ppo_with_the_shim(options: list[str], tmp_path: Path) -> None:
     _check_full(output, folder, options)
 
 
+@pytest.mark.newest
 @pytest.mark.slow
 def test_ppo_tldr_with_the_shim(options: list[str], tmp_path: Path) -> None:
     folder = tmp_path / "saved"

@@ -20,6 +20,9 @@ from trl.trainer.utils import pad
 
 import oracle
 import tiny
+from trl_sync.backbone.checkpointing import is_checkpointing
+from trl_sync.backbone.roles import VALUE
+from trl_sync.backbone.views import RoleView
 from trl_sync.errors import ConfigError
 from trl_sync.ppo import compat
 
@@ -237,10 +240,10 @@ def test_wrapper_switches_checkpointing_of_both_models() -> None:
     assert not wrapper.is_gradient_checkpointing
     wrapper.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     assert wrapper.is_gradient_checkpointing
-    assert all(model.is_activation_checkpointing for model in models)
+    assert all(is_checkpointing(model) for model in models)
     wrapper.gradient_checkpointing_disable()
     assert not wrapper.is_gradient_checkpointing
-    assert not any(model.is_activation_checkpointing for model in models)
+    assert not any(is_checkpointing(model) for model in models)
 
 
 def test_no_attribute_base_model_prefix_issue_1977() -> None:
@@ -251,6 +254,19 @@ def test_no_attribute_base_model_prefix_issue_1977() -> None:
         lambda: compat.PolicyAndValueWrapper(tiny.llama(), tiny.llama()),
     ):
         with pytest.raises(ConfigError, match="AutoModelForSequenceClassification"):
+            call()
+
+
+def test_a_view_of_a_shared_backbone_is_told_apart() -> None:
+    backbone = SimpleNamespace(causal_model=tiny.llama())
+    view = RoleView(backbone, VALUE)
+    for call in (
+        lambda: compat.get_reward(view, _query_responses(), PAD, 6),
+        lambda: compat.PolicyAndValueWrapper(tiny.llama(), view),
+    ):
+        with pytest.raises(
+            ConfigError, match=r"view of a shared backbone.*value_model\(input_ids\)"
+        ):
             call()
 
 

@@ -84,6 +84,7 @@ assert sum(type(finder).__module__ == "trl_sync.shim" for finder in sys.meta_pat
 """
 
 
+@pytest.mark.newest
 def test_every_name_is_found_with_the_shim_first() -> None:
     _check(EVERY_NAME)
 
@@ -106,6 +107,7 @@ assert ModelConfig().torch_dtype == ModelConfig().dtype
 """
 
 
+@pytest.mark.newest
 def test_trl_first() -> None:
     _check(TRL_FIRST)
 
@@ -127,6 +129,7 @@ for name in ("trl.core", "trl.experimental.ppo", "trl.trainer.ppo_trainer"):
 """
 
 
+@pytest.mark.newest
 def test_the_package_alone_patches_nothing() -> None:
     _check(NO_SHIM)
 
@@ -191,12 +194,14 @@ def script(tmp_path: Path) -> str:
     return str(tmp_path / "script.py")
 
 
+@pytest.mark.newest
 def test_a_script_runs_as_itself(script: str) -> None:
     command = ("-m", "trl_sync.shim", script, "-h", "--", "exit")
     exit_code, output, errors = _run(*command, **SILENT)
     assert (exit_code, output.splitlines()[-1]) == (7, "['-h', '--', 'exit'] True"), errors
 
 
+@pytest.mark.newest
 def test_a_failing_script_shows_its_own_lines(script: str) -> None:
     exit_code, _, errors = _run("-m", "trl_sync.shim", script, "fail", **SILENT)
     assert exit_code == 1
@@ -206,6 +211,7 @@ def test_a_failing_script_shows_its_own_lines(script: str) -> None:
     assert lines[-3].strip() == f'File "{script}", line 10, in fail'
 
 
+@pytest.mark.newest
 @pytest.mark.slow
 def test_accelerate_launches_the_shim(script: str) -> None:
     launch = ("-m", "accelerate.commands.launch", "--cpu", "--num_processes", "1")

@@ -129,6 +129,7 @@ def test_checkpoints_and_save_model_write_the_card_but_not_over_a_hand_written_o
     assert "# out" in file.read_text()
 
 
+@pytest.mark.newest
 def test_push_to_hub_uploads_the_whole_policy_and_the_value_model(
     tmp_path: Path, hub: HubStandIn
 ) -> None:
@@ -149,6 +150,7 @@ def test_push_to_hub_uploads_the_whole_policy_and_the_value_model(
     assert any("lora_" in name for name, _ in loaded.named_parameters())
 
 
+@pytest.mark.newest
 @pytest.mark.filterwarnings("ignore:Cannot enable progress bars")
 def test_uploads_from_checkpoints_hold_the_value_model_of_the_same_step(
     tmp_path: Path, hub: HubStandIn
@@ -168,6 +170,7 @@ def test_uploads_from_checkpoints_hold_the_value_model_of_the_same_step(
         assert f": {step * 4} episodes" in card_in(upload["copy"]).text
 
 
+@pytest.mark.newest
 def test_separate_models_are_uploaded_whole(tmp_path: Path, hub: HubStandIn) -> None:
     model = tiny.llama()
     model.config._name_or_path = "someone/tiny-llama"

@@ -192,7 +192,7 @@ def test_what_is_no_dataset_is_refused(dataset: Any, said: str) -> None:
 TEMPLATE = (
     "{% if tools %}{% for t in tools %}[{{ t | tojson }}]{% endfor %}{% endif %}"
     "{% if mood is defined %}({{ mood }}){% endif %}"
-    "{% for m in messages %}<{{ m['role'] }}: {{ m['content'] }}"
+    "{% for m in messages %}<{{ m['role'] }}: {{ m['content'] or '' }}"
     "{% if 'tool_calls' in m %}!{{ m['tool_calls'] | tojson }}{% endif %}>{% endfor %}"
     "{% if add_generation_prompt %}<assistant: {% endif %}"
 )

@@ -6,13 +6,18 @@ the old names; earlier versions have only those.
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from typing import Any
 
 from torch import nn
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from trl_sync.errors import ConfigError
 
 KINDS = ("activation", "gradient")
+# Where transformers (5.4 to 5.23) puts the function that a layer checkpoints itself with.
+_FUNCTION = "_gradient_checkpointing_func"
 
 
 def enable_checkpointing(
@@ -27,6 +32,7 @@ def enable_checkpointing(
     if options is not None:
         kwargs[f"{kind}_checkpointing_kwargs"] = options
     getattr(model, f"{kind}_checkpointing_enable")(**kwargs)
+    _evaluate_inside(model)
 
 
 def disable_checkpointing(model: nn.Module) -> None:
@@ -45,6 +51,41 @@ def is_checkpointing(model: nn.Module) -> bool:
         if hasattr(type(model), name):
             return bool(getattr(model, name))
     return False
+
+
+def train_checkpointed_layers(model: nn.Module, mode: bool) -> None:
+    """Sets the flag by which layers decide whether to recompute; what they compute stays as it is.
+
+    Layers that keep their activations stay in evaluation mode.
+    """
+    for module in model.modules():
+        if isinstance(module, GradientCheckpointingLayer):
+            module.training = mode and bool(getattr(module, "gradient_checkpointing", False))
+
+
+def _evaluate_inside(model: nn.Module) -> None:
+    """Has layers compute in evaluation mode, whatever the flag by which they decide to recompute.
+
+    Some layers (OPT's, Falcon's) drop out by that same flag, also while they recompute.
+    """
+    for module in model.modules():
+        if isinstance(module, GradientCheckpointingLayer) and hasattr(module, _FUNCTION):
+            recompute = getattr(module, _FUNCTION)
+            setattr(module, _FUNCTION, functools.partial(_checkpointed, module, recompute))
+
+
+def _checkpointed(
+    layer: nn.Module, recompute: Callable[..., Any], compute: Callable[..., Any], *args: Any
+) -> Any:
+    return recompute(functools.partial(_in_evaluation_mode, layer, compute), *args)
+
+
+def _in_evaluation_mode(layer: nn.Module, compute: Callable[..., Any], *args: Any) -> Any:
+    training, layer.training = layer.training, False
+    try:
+        return compute(*args)
+    finally:
+        layer.training = training
 
 
 class OldCheckpointingNames:

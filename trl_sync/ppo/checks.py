@@ -16,8 +16,7 @@ from trl_sync.ppo.rollout import Sampling
 _WITHOUT_EFFECT = (
     *("dataloader_num_workers", "dataloader_drop_last", "dataloader_prefetch_factor"),
     *("dataloader_persistent_workers", "data_seed", "eval_accumulation_steps"),
-    # The last is the name that transformers 5.0 and 5.1 have for the one before it.
-    *("prediction_loss_only", "train_sampling_strategy", "group_by_length"),
+    *("prediction_loss_only", "train_sampling_strategy"),
 )
 
 
@@ -64,7 +63,7 @@ def check_settings(args: Any) -> None:
                 f"{name}={getattr(args, name)} does not work with PPO here: {reason}."
             )
     for name in _WITHOUT_EFFECT:
-        if hasattr(args, name) and getattr(args, name) != _default(name):
+        if getattr(args, name) != _default(name):
             raise ConfigError(
                 f"{name}={getattr(args, name)!r} has no effect on PPO, which makes its batches "
                 "from rollouts: leave it unset."

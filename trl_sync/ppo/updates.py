@@ -7,10 +7,10 @@ import time
 from collections.abc import Iterable
 from typing import Any
 
-import transformers
 from torch import nn
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 from transformers import TrainerCallback
+from transformers.optimization import GreedyLR
 from transformers.trainer_callback import DefaultFlowCallback
 
 from trl_sync.backbone.roles import POLICY
@@ -76,9 +76,7 @@ def skip_rest_of_iteration(
     """
     skipped = -state.global_step % plan.updates_per_iteration
     # These two follow a metric, not the step; the stock loop does not step them either.
-    # GreedyLR is new in transformers 5.4.
-    greedy = getattr(transformers.optimization, "GreedyLR", ReduceLROnPlateau)
-    by_metric = (ReduceLROnPlateau, greedy)
+    by_metric = (ReduceLROnPlateau, GreedyLR)
     for _ in range(skipped):
         # The stock loop asks for the last step only.
         DefaultFlowCallback().on_step_end(args, state, control)
@@ -125,7 +123,7 @@ class UpdateCallback(TrainerCallback):
         state.episode = self._trainer.episodes
         # The stock loop counts from the beginning of the epoch, also after resuming inside it.
         state.epoch = state.global_step / plan.updates_per_epoch
-        every = max(1, plan.num_iterations // max(1, args.num_sample_generations))
+        every = self._trainer.sample_generations_freq
         wanted = args.num_sample_generations and self._trainer.eval_dataset is not None
         iterations, inside = divmod(state.global_step, plan.updates_per_iteration)
         if wanted and not inside and iterations % every == 0:
