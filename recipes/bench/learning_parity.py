@@ -6,8 +6,8 @@
 Each run is a process of its own that differs from its pair in the import alone: policy, reference,
 reward and value model are four full models, made from the same files. Printed are the mean scores
 of the last tenth of the episodes, their differences, and the lower end of the one-sided 95%
-interval of the mean difference (t distribution), in standard deviations of the scores that TRL's
-policy got in its last tenth.
+interval of the mean difference (t distribution), in standard deviations of the scores of single
+episodes: of the policy that both begin with, and (smaller, so stricter) of TRL's last tenth.
 """
 
 from __future__ import annotations
@@ -36,6 +36,8 @@ SETTINGS: dict[str, Any] = {
     "stop_token": "eos",
     "temperature": 1.0,
     "learning_rate": 3e-4,
+    # TRL steps its schedule once an iteration, we once an update: without one both are equal.
+    "lr_scheduler_type": "constant",
     "kl_coef": 0.05,
     "missing_eos_penalty": 1.0,
     "local_rollout_forward_batch_size": 128,
@@ -114,7 +116,10 @@ def run(side: str, seed: int, episodes: int, folder: Path) -> dict[str, float]:
 def judge(rows: list[dict[str, Any]]) -> dict[str, Any]:
     """The mean difference and its lower bound, in standard deviations of TRL's scores."""
     differences = [row["ours"]["last"] - row["trl"]["last"] for row in rows]
-    deviation = statistics.mean(row["trl"]["scores_std"] for row in rows)
+    deviations = {
+        when: statistics.mean(row["trl"][f"{when}_std"] for row in rows)
+        for when in ("first", "last")
+    }
     mean = statistics.mean(differences)
     error = statistics.stdev(differences) / math.sqrt(len(differences))
     lower = mean - T_QUANTILES[len(differences) - 1] * error
@@ -123,9 +128,9 @@ def judge(rows: list[dict[str, Any]]) -> dict[str, Any]:
         "first_ours": statistics.mean(row["ours"]["first"] for row in rows),
         "last_trl": statistics.mean(row["trl"]["last"] for row in rows),
         "last_ours": statistics.mean(row["ours"]["last"] for row in rows),
-        "scores_std": deviation,
-        "mean_difference_in_std": mean / deviation,
-        "lower_bound_in_std": lower / deviation,
+        "std_of_scores": deviations,
+        "mean_difference_in_std": {when: mean / std for when, std in deviations.items()},
+        "lower_bound_in_std": {when: lower / std for when, std in deviations.items()},
     }
 
 
@@ -151,7 +156,8 @@ def child(options: argparse.Namespace) -> None:
     outcome = {
         "first": statistics.mean(scores[:tenth]),
         "last": statistics.mean(scores[-tenth:]),
-        "scores_std": statistics.mean(stds[-tenth:]),
+        "first_std": statistics.mean(stds[:tenth]),
+        "last_std": statistics.mean(stds[-tenth:]),
         "kl_last": statistics.mean(row["objective/kl"] for row in rows[-tenth:]),
         "wall_s": wall_s,
     }

@@ -194,6 +194,9 @@ def test_what_trl_scripts_read_from_the_trainer(tmp_path: Path) -> None:
     assert trainer.is_peft_model is False
     assert trainer.local_seed == trainer.args.seed
     assert trainer.train_dataset_len == 64
+    assert trainer.local_dataloader_batch_size == 16
+    assert trainer.sample_generations_freq == 3
+    assert trainer.callbacks is trainer.callback_handler.callbacks
     assert trainer.eval_dataloader is None
     assert len(trainer.dataloader) == len(trainer.get_train_dataloader())
     with trainer.null_ref_context():
@@ -238,6 +241,8 @@ def test_the_views_of_a_shared_backbone_answer_as_models(tmp_path: Path) -> None
     wanted = alone.generate(input_ids=ids, attention_mask=mask, max_new_tokens=4, do_sample=False)
     assert answers.equal(wanted)
     assert policy.config is backbone.config
+    with pytest.raises(AttributeError, match="would change the base that all roles share"):
+        policy.train()
     names = {name for name, _ in value_model.named_parameters()}
     assert "value_head.weight" in names
     assert not any(".policy." in name for name in names)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -27,13 +29,17 @@ def save_weights(model: Any, folder: Path) -> list[str]:
     """
     folder.mkdir(parents=True, exist_ok=True)
     if isinstance(model, PeftModel):
-        # "auto" would ask the model hub whether the vocabulary was resized.
-        model.save_pretrained(str(folder), save_embedding_layers=False)
-    elif getattr(model, "is_quantized", False):
+        # The adapter that trains, and not the reference. "auto" would ask the model hub whether the
+        # vocabulary was resized.
+        adapters = [model.active_adapter]
+        model.save_pretrained(str(folder), save_embedding_layers=False, selected_adapters=adapters)
+        return [str(_adapter_file(model, folder).relative_to(folder))]
+    if getattr(model, "is_quantized", False):
         save_file(_trained(model), folder / TRAINED_WEIGHTS)
         model.config.save_pretrained(str(folder))
     elif isinstance(model, PreTrainedModel):
-        model.save_pretrained(str(folder))
+        with loadable_padding(model):
+            model.save_pretrained(str(folder))
     else:
         save_model(model, str(folder / MODULE_WEIGHTS))
     return sorted(file.name for file in folder.glob("*.safetensors*"))
@@ -47,7 +53,7 @@ def load_weights(model: Any, folder: Path) -> None:
     """
     try:
         if isinstance(model, PeftModel):
-            _load_adapter(model, folder / ADAPTER_WEIGHTS)
+            _load_adapter(model, _adapter_file(model, folder))
         elif getattr(model, "is_quantized", False):
             _copy(_trained(model), load_file(folder / TRAINED_WEIGHTS), folder)
         elif isinstance(model, PreTrainedModel):
@@ -63,9 +69,33 @@ def load_weights(model: Any, folder: Path) -> None:
 
 def _load_adapter(model: PeftModel, file: Path) -> None:
     found = load_file(file)
-    own = get_peft_model_state_dict(model, save_embedding_layers=False)
+    name = model.active_adapter
+    own = get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False)
     _check_shapes(own, found, file)
-    set_peft_model_state_dict(model, found)
+    set_peft_model_state_dict(model, found, adapter_name=name)
+
+
+def _adapter_file(model: PeftModel, folder: Path) -> Path:
+    """Where PEFT puts the active adapter: in a folder of its name, unless that is `default`."""
+    name = model.active_adapter
+    return (folder if name == "default" else folder / name) / ADAPTER_WEIGHTS
+
+
+@contextlib.contextmanager
+def loadable_padding(model: Any) -> Iterator[None]:
+    """Within the block the config has no padding token without a row in the embeddings.
+
+    A `[PAD]` that was added without resizing is never fed to a model, but a model that is saved
+    with its id cannot be loaded.
+    """
+    config = model.config
+    padding = getattr(config, "pad_token_id", None)
+    if padding is not None and padding >= model.get_input_embeddings().weight.shape[0]:
+        config.pad_token_id = None
+    try:
+        yield
+    finally:
+        config.pad_token_id = padding
 
 
 def _trained(model: nn.Module) -> dict[str, Tensor]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import inspect
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -13,20 +14,19 @@ from peft import (
     PeftConfig,
     PeftModel,
     get_peft_model,
-    get_peft_model_state_dict,
-    set_peft_model_state_dict,
 )
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from transformers import GenerationConfig, PreTrainedModel
-from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.utils import logging
 
+from trl_sync.backbone.adapter_roles import copy_adapter, reference_adapter, starts_as_nothing
 from trl_sync.backbone.checkpointing import (
     OldCheckpointingNames,
     disable_checkpointing,
     enable_checkpointing,
     is_checkpointing,
+    train_checkpointed_layers,
 )
 from trl_sync.backbone.fingerprint import base_tensors
 from trl_sync.backbone.generation import evaluation_mode, own_generation_config
@@ -41,7 +41,13 @@ from trl_sync.backbone.passes import model_inputs, on_response, trunk_of
 from trl_sync.backbone.quantization import check_not_repacked, keep_packed_weights
 from trl_sync.backbone.roles import POLICY, REFERENCE, VALUE, Role, RoleState, freeze
 from trl_sync.backbone.scalar_head import find_scalar_head, without_adapters
-from trl_sync.backbone.separate_checks import check_policy, check_value_model
+from trl_sync.backbone.separate_checks import (
+    check_adapter_names,
+    check_disjoint,
+    check_policy,
+    check_reference,
+    check_value_model,
+)
 from trl_sync.errors import ConfigError
 from trl_sync.quantization_state import quantization_tensors
 
@@ -82,18 +88,27 @@ class SeparateModels(OldCheckpointingNames, nn.Module):
         logprob_chunk_bytes: int = CHUNK_BYTES,
     ) -> None:
         super().__init__()
-        check_policy(policy, peft_config)
+        check_policy(policy, peft_config, has_reference=ref_model is not None)
         check_value_model(value_model)
+        check_reference(ref_model)
+        check_adapter_names(policy, peft_config, model_adapter_name, ref_adapter_name)
+        check_disjoint(policy, value_model, ref_model)
         for model in (policy, value_model):
             check_not_repacked(model)
         self.logprob_chunk_bytes = logprob_chunk_bytes
         self._reference_adapter: str | None = None
         if ref_model is None and not isinstance(policy, PeftModel) and peft_config is None:
             ref_model = copy.deepcopy(policy)
-        elif ref_model is None and isinstance(policy, PeftModel):
-            self._reference_adapter = ref_adapter_name or _copy_adapter(policy, model_adapter_name)
-        if peft_config is not None:
-            policy = get_peft_model(policy, copy.deepcopy(peft_config))
+        if isinstance(policy, PeftModel):
+            if model_adapter_name not in (None, policy.active_adapter):
+                policy.set_adapter(model_adapter_name)
+            if ref_model is None:
+                self._reference_adapter = ref_adapter_name or copy_adapter(policy)
+        elif peft_config is not None:
+            name = model_adapter_name or "default"
+            policy = get_peft_model(policy, copy.deepcopy(peft_config), adapter_name=name)
+            if ref_model is None and not starts_as_nothing(peft_config):
+                self._reference_adapter = copy_adapter(policy)
         self.policy = policy
         self.value_model = value_model
         self.ref_model = None if ref_model is None else freeze(ref_model)
@@ -134,10 +149,9 @@ class SeparateModels(OldCheckpointingNames, nn.Module):
         super().train(False)
         self.training = mode
         for model in (self.policy, self.value_model):
+            train_checkpointed_layers(model, mode)
             for module in model.modules():
-                if isinstance(module, GradientCheckpointingLayer):
-                    module.training = mode
-                elif isinstance(module, LoraLayer):
+                if isinstance(module, LoraLayer):
                     module.lora_dropout.train(mode)
         return self
 
@@ -160,6 +174,7 @@ class SeparateModels(OldCheckpointingNames, nn.Module):
                 model.enable_input_require_grads()
             else:
                 model.disable_input_require_grads()
+        self.train(self.training)
 
     def activation_checkpointing_disable(self) -> None:
         """Keep activations instead of recomputing them."""
@@ -295,6 +310,8 @@ class SeparateModels(OldCheckpointingNames, nn.Module):
     @contextlib.contextmanager
     def _language_model(self, role: str) -> Iterator[Any]:
         """The causal LM that plays `role` within the block."""
+        if role not in (POLICY, REFERENCE):
+            raise ConfigError(f"role={role!r} has no language model: use 'policy' or 'reference'.")
         if role == POLICY:
             yield self.causal_model
         elif self.ref_model is not None:
@@ -331,31 +348,16 @@ class SeparateModels(OldCheckpointingNames, nn.Module):
                 chunk_bytes=self.logprob_chunk_bytes,
             )
         else:
-            logits = model(**inputs, use_cache=False).logits[:, -num_response:]
+            logits = model(**inputs, **_only_last(model, num_response)).logits[:, -num_response:]
             statistics = token_statistics(logits[mask], tokens[mask], temperature)
         return on_response(mask, *statistics)
 
 
-@contextlib.contextmanager
-def reference_adapter(policy: PeftModel, adapter: str | None) -> Iterator[None]:
-    """Within the block `policy` runs with `adapter`, or with none; for passes without gradients.
-
-    PEFT turns gradients off and on with the active adapter; afterwards they are as before.
-    """
-    flags = [(parameter, parameter.requires_grad) for parameter in policy.parameters()]
-    active = policy.active_adapter
-    try:
-        if adapter is None:
-            with policy.disable_adapter():
-                yield
-        else:
-            policy.set_adapter(adapter)
-            yield
-    finally:
-        if adapter is not None:
-            policy.set_adapter(active)
-        for parameter, flag in flags:
-            parameter.requires_grad_(flag)
+def _only_last(model: Any, num_tokens: int) -> dict[str, Any]:
+    """Arguments by which the LM head runs on the last tokens alone, where the model has them."""
+    if "logits_to_keep" in inspect.signature(model.forward).parameters:
+        return {"use_cache": False, "logits_to_keep": num_tokens}
+    return {"use_cache": False}
 
 
 def _active_adapter(model: Any) -> str | None:
@@ -365,17 +367,6 @@ def _active_adapter(model: Any) -> str | None:
 def _transformers_model(model: Any) -> Any:
     """The transformers model in a PEFT model or below a value head."""
     return without_adapters(getattr(without_adapters(model), "pretrained_model", model))
-
-
-def _copy_adapter(policy: PeftModel, name: str | None) -> str:
-    """Adds a frozen copy of the adapter `name`, or of the active one, and returns its name."""
-    source = name or policy.active_adapter
-    state = get_peft_model_state_dict(policy, adapter_name=source, save_embedding_layers=False)
-    config = copy.deepcopy(policy.peft_config[source])
-    policy.add_adapter(REFERENCE, config)
-    set_peft_model_state_dict(policy, state, adapter_name=REFERENCE)
-    policy.set_adapter(source)
-    return REFERENCE
 
 
 def _freeze_unused_head(value_model: Any) -> None:

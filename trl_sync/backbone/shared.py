@@ -12,12 +12,12 @@ from jaxtyping import Bool, Float, Int
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
 from transformers import GenerationConfig, PreTrainedModel
-from transformers.modeling_layers import GradientCheckpointingLayer
 
 from trl_sync.backbone.checkpointing import (
     OldCheckpointingNames,
     disable_checkpointing,
     enable_checkpointing,
+    train_checkpointed_layers,
 )
 from trl_sync.backbone.fingerprint import base_tensors, fingerprint_of
 from trl_sync.backbone.generation import evaluation_mode, own_generation_config
@@ -178,9 +178,7 @@ class SharedBackbone(OldCheckpointingNames, nn.Module):
         super().train(False)
         self.training = mode
         self.value_head.train(mode)
-        for module in self.peft_model.modules():
-            if isinstance(module, GradientCheckpointingLayer):
-                module.training = mode
+        train_checkpointed_layers(self.peft_model, mode)
         for layer in self.router.layers:
             for role in self.roles.values():
                 if role.trainable and role.adapter in layer.lora_dropout:
@@ -207,6 +205,7 @@ class SharedBackbone(OldCheckpointingNames, nn.Module):
         enable_checkpointing(self.causal_model, options, **kwargs)
         # The non-reentrant kind needs no gradient at the embeddings, which stay frozen.
         self.causal_model.disable_input_require_grads()
+        self.train(self.training)
 
     def activation_checkpointing_disable(self) -> None:
         """Keep activations instead of recomputing them."""
@@ -261,6 +260,8 @@ class SharedBackbone(OldCheckpointingNames, nn.Module):
         Nothing is inherited from the model's own generation config: a repetition penalty stored
         there would make the sampling distribution differ from the one PPO takes gradients of.
         """
+        if role not in (POLICY, REFERENCE):
+            raise ConfigError(f"role={role!r} has no language model: use 'policy' or 'reference'.")
         with (
             evaluation_mode(self),
             self.router.routes(self.roles[role].adapter),

@@ -11,6 +11,13 @@ from torch import Tensor, nn
 
 from trl_sync.backbone.roles import VALUE
 
+_CHANGES_THE_BASE = frozenset(
+    {
+        *("train", "requires_grad_", "resize_token_embeddings", "set_adapter", "add_adapter"),
+        *("load_adapter", "delete_adapter", "disable_adapters", "enable_adapters"),
+    }
+)
+
 
 class RoleView:
     """Policy or value model of a `SharedBackbone`, for scripts that want a model.
@@ -24,7 +31,7 @@ class RoleView:
         self._role = role
 
     def __call__(self, input_ids: Tensor, **kwargs: Any) -> Any:
-        """What the model of this role returns; of the value role `logits` [B, T, 1] alone.
+        """What the model of this role returns; of the value role `logits` [B, T, 1] are the values.
 
         Arguments are those of the causal LM, or of its trunk for the value role.
         """
@@ -53,7 +60,7 @@ class RoleView:
         for _, parameter in self.named_parameters():
             yield parameter
 
-    def save_pretrained(self, save_directory: str | Path, **kwargs: Any) -> None:
+    def save_pretrained(self, save_directory: str | Path) -> None:
         """Writes this role's adapter in PEFT's layout, of the value role its head too."""
         from trl_sync.backbone.export import save_policy, save_value
 
@@ -63,6 +70,11 @@ class RoleView:
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__"):
             raise AttributeError(name)
+        if name in _CHANGES_THE_BASE:
+            raise AttributeError(
+                f"{name}() of one role would change the base that all roles share: call it on the "
+                "model before the trainer is made, or pass a value_model to train separate models."
+            )
         return getattr(self._backbone.causal_model, name)
 
     def _route(self) -> Any:

@@ -145,7 +145,7 @@ class CheckpointMixin(Trainer):
             "response_length": args.response_length,
             "temperature": args.temperature,
             "num_generations": args.num_generations,
-            "generation_options": json.loads(json.dumps(self.sampling.options, default=str)),
+            "generation_options": {n: str(v) for n, v in self.sampling.options.items()},
             "value_learning_rate": args.value_learning_rate is not None,
             "reward_adapter": self.backbone.reward_fingerprint(),
             "stop_token_ids": list(self.sampling.stop_token_ids),

@@ -26,6 +26,7 @@ from trl_sync.backbone.checkpointing import (
     enable_checkpointing,
     is_checkpointing,
 )
+from trl_sync.backbone.views import RoleView
 from trl_sync.errors import ConfigError
 
 __all__ = [
@@ -172,7 +173,7 @@ def get_reward(
     scored at the last token of the query.
 
     Raises:
-        ConfigError: the model has no `score` head on a trunk.
+        ConfigError: the model has no `score` head on a trunk, or is a view of a shared backbone.
     """
     inputs = _padded_inputs(query_responses, pad_token_id)
     # Without a cache: some architectures refuse right-padded sequences with one.
@@ -291,6 +292,13 @@ def _stacked(parts: tuple[Tensor, ...], padding: int) -> Tensor:
 
 def _trunk(model: Any) -> nn.Module:
     """The model below the `score` head of a sequence classifier."""
+    if isinstance(model, RoleView):
+        raise ConfigError(
+            "This is a view of a shared backbone, which has no trunk and no `score` head of its "
+            "own: call it, trainer.value_model(input_ids).logits, or trainer.completions(). "
+            "trainer.value_model is a model where separate models are used, with "
+            "PPOTrainer(value_model=...)."
+        )
     prefix = getattr(model, "base_model_prefix", None)
     if not prefix or not hasattr(model, prefix) or not hasattr(model, "score"):
         raise ConfigError(

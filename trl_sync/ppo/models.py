@@ -12,12 +12,16 @@ from trl_sync.backbone.scalar_head import without_adapters
 from trl_sync.backbone.separate import SeparateModels
 from trl_sync.backbone.separate_checks import (
     check_policy,
+    check_reference,
     check_value_model,
     encoder_decoder_error,
 )
 from trl_sync.backbone.shared import SharedBackbone
 from trl_sync.errors import ConfigError
 from trl_sync.ppo.config import PPOConfig
+from trl_sync.ppo.prompts import check_tokenizer
+from trl_sync.ppo.rewards.models import language_model_of, model_name
+from trl_sync.ppo.rewards.tokens import find_tokenizer, vocabulary_difference
 
 Models = SharedBackbone | SeparateModels
 
@@ -50,8 +54,9 @@ def check_models(
     if isinstance(model, Models):
         _check_prepared(model, ref_model, value_model, peft_config)
     elif value_model is not None:
-        check_policy(model, peft_config)
+        check_policy(model, peft_config, has_reference=ref_model is not None)
         check_value_model(value_model)
+        check_reference(ref_model)
     else:
         _check_base(model, ref_model, peft_config)
     if value_model is None:
@@ -79,6 +84,33 @@ def build_models(
 def causal_model_of(model: Any) -> PreTrainedModel:
     """The causal LM whose tokens are trained on."""
     return model.causal_model if isinstance(model, Models) else without_adapters(model)
+
+
+def check_tokens(tokenizer: Any, model: Any, ref_model: Any, value_model: Any) -> int | None:
+    """The longest sequence that every model takes, if all of them know the tokenizer's ids.
+
+    None if no model tells.
+
+    Raises:
+        ConfigError: a model has too few embeddings, or the value model another vocabulary.
+    """
+    if isinstance(model, SeparateModels):
+        ref_model, value_model = model.ref_model, model.value_model
+    given = {"model": causal_model_of(model), "reference": ref_model, "value model": value_model}
+    inner = {name: language_model_of(part) for name, part in given.items() if part is not None}
+    for name, part in inner.items():
+        check_tokenizer(tokenizer, part.get_input_embeddings().weight.shape[0], name)
+    if value_model is not None:
+        path = model_name(value_model)
+        own = find_tokenizer(path) if path else None
+        difference = None if own is None else vocabulary_difference(own, tokenizer)
+        if difference is not None:
+            raise ConfigError(
+                f"The value model in {path} has another vocabulary ({difference}), and reads the "
+                "policy's tokens: make it from a model with the policy's tokenizer."
+            )
+    contexts = [getattr(part.config, "max_position_embeddings", None) for part in inner.values()]
+    return min((n for n in contexts if n is not None), default=None)
 
 
 def _check_prepared(model: nn.Module, ref_model: Any, value_model: Any, peft_config: Any) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -11,10 +10,10 @@ from datasets import Dataset, IterableDataset
 from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 from trl import is_conversational
-from trl.data_utils import apply_chat_template
 
 from trl_sync.errors import ConfigError
 from trl_sync.ppo.batch import PromptBatch
+from trl_sync.ppo.messages import render
 
 # Rows of the dataset -> a batch with `input_ids` and `attention_mask`, as in transformers.
 DataCollator = Callable[[list[dict[str, list[int]]]], Mapping[str, Any]]
@@ -170,11 +169,12 @@ def _render(
 ) -> str:
     """The messages, tools and template arguments of one row as text."""
     try:
-        messages = [_message(message) for message in row["prompt"]]
-        tools = _parsed(row.get("tools"))
-        own = _parsed(row.get("chat_template_kwargs")) or {}
-        rendered = apply_chat_template(
-            {"prompt": messages}, tokenizer, tools=tools, **{**template_kwargs, **own}
+        rendered = render(
+            {"prompt": row["prompt"]},
+            tokenizer,
+            tools=row.get("tools"),
+            own_arguments=row.get("chat_template_kwargs"),
+            arguments=template_kwargs,
         )
     except (ValueError, TypeError, KeyError, AttributeError, TemplateError) as error:
         raise ConfigError(
@@ -185,24 +185,6 @@ def _render(
         ) from error
     text: str = rendered["prompt"]
     return text
-
-
-def _parsed(value: Any) -> Any:
-    """A nested column: from JSON, or without the keys that only other rows have."""
-    return json.loads(value) if isinstance(value, str) else _without_none(value)
-
-
-def _without_none(value: Any) -> Any:
-    """`value` without dictionary entries that are None: Arrow gives a row the keys of all rows."""
-    if isinstance(value, dict):
-        return {name: _without_none(part) for name, part in value.items() if part is not None}
-    return [_without_none(part) for part in value] if isinstance(value, list) else value
-
-
-def _message(message: dict[str, Any]) -> dict[str, Any]:
-    # Templates look at `content` even where tool calls stand in its place.
-    kept = {"content": message["content"]} if "content" in message else {}
-    return {**_without_none(message), **kept}
 
 
 def _without_padding(index: int, ids: list[Any], mask: Any) -> list[Any]:

@@ -40,9 +40,9 @@ from trl_sync.ppo.kl_control import KLControl
 from trl_sync.ppo.loss import ppo_loss
 from trl_sync.ppo.metrics import MetricBuffer
 from trl_sync.ppo.model_card import ModelCardMixin, PushValueModel
-from trl_sync.ppo.models import build_models, causal_model_of, check_models
+from trl_sync.ppo.models import build_models, causal_model_of, check_models, check_tokens
 from trl_sync.ppo.progress import PPOProgressCallback, print_completions
-from trl_sync.ppo.prompts import DataCollator, PromptDataset, check_tokenizer
+from trl_sync.ppo.prompts import DataCollator, PromptDataset
 from trl_sync.ppo.reward_scaling import RunningMoments
 from trl_sync.ppo.rewards import (
     AnyReward,
@@ -111,12 +111,12 @@ class PPOTrainer(TrlAttributes, ModelCardMixin, CheckpointMixin):
         check_models(args, model, ref_model, value_model, peft_config, reward_model)
         check_output_folder(Path(args.output_dir))
         base = causal_model_of(model)
-        check_tokenizer(processing_class, base.get_input_embeddings().weight.shape[0])
+        context = check_tokens(processing_class, model, ref_model, value_model)
         self._make_prompts = functools.partial(
             _prompts,
             tokenizer=processing_class,
             args=args,
-            context=getattr(base.config, "max_position_embeddings", None),
+            context=context,
             data_collator=data_collator,
         )
         train_prompts = self._make_prompts(train_dataset, "train_dataset")

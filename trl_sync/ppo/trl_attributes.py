@@ -8,7 +8,9 @@ from typing import Any
 
 from peft import PeftModel
 
-from trl_sync.backbone.separate import SeparateModels, reference_adapter
+from trl_sync.backbone.adapter_roles import reference_adapter
+from trl_sync.backbone.separate import SeparateModels
+from trl_sync.ppo.config import BatchPlan
 from trl_sync.ppo.rewards import ModelReward
 from trl_sync.ppo.rollout import Sampling
 
@@ -26,6 +28,8 @@ class TrlAttributes:
     accelerator: Any
     train_dataset: Any
     eval_dataset: Any
+    plan: BatchPlan
+    callback_handler: Any
 
     @property
     def policy_model(self) -> Any:
@@ -78,6 +82,22 @@ class TrlAttributes:
     def train_dataset_len(self) -> int:
         """How many prompts there are."""
         return len(self.train_dataset)
+
+    @property
+    def local_dataloader_batch_size(self) -> int:
+        """Prompts of one rollout batch of this process."""
+        return self.plan.local_batch_size // self.plan.num_generations
+
+    @property
+    def sample_generations_freq(self) -> int:
+        """Iterations from one printing of completions to the next."""
+        return max(1, self.plan.num_iterations // max(1, self.args.num_sample_generations))
+
+    @property
+    def callbacks(self) -> list[Any]:
+        """All callbacks of the trainer."""
+        callbacks: list[Any] = self.callback_handler.callbacks
+        return callbacks
 
     @property
     def dataloader(self) -> Any:

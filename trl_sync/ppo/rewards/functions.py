@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Awaitable, Callable, Iterable
+from collections.abc import Awaitable, Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -76,6 +76,12 @@ class FunctionReward(Source):
         if self._trainer_state is not None:
             own["trainer_state"] = self._trainer_state()
         columns = {n: v for n, v in rollout.prompts.columns.items() if n not in _OWN_KEYWORDS}
+        missing = sorted(_required(self._function) - (own | columns).keys())
+        if missing:
+            raise RewardError(
+                f"{self.name} takes {', '.join(missing)}, which the dataset does not have: its "
+                f"columns are {sorted(columns)}. Add it, or give the parameter a default."
+            )
         return {
             name: value
             for name, value in (own | columns).items()
@@ -140,9 +146,20 @@ def _keywords(function: RewardFunction) -> set[str] | None:
     return {p.name for p in parameters}
 
 
+def _required(function: RewardFunction) -> set[str]:
+    """The keywords that `function` cannot do without."""
+    try:
+        parameters = inspect.signature(function).parameters.values()
+    except (ValueError, TypeError):  # written in C, without a signature
+        return set()
+    several = (inspect.Parameter.VAR_KEYWORD, inspect.Parameter.VAR_POSITIONAL)
+    return {p.name for p in parameters if p.default is p.empty and p.kind not in several}
+
+
 def _entries(answer: Any, expected: int, name: str) -> list[Any]:
     """One entry per episode, in Python's own numbers and lists."""
-    if not isinstance(answer, Iterable) or getattr(answer, "ndim", 1) == 0:
+    rows = isinstance(answer, Iterable) and not isinstance(answer, (Mapping, str))
+    if not rows or getattr(answer, "ndim", 1) == 0:
         raise RewardError(
             f"{name} returned {answer!r}: expected a list of {expected} numbers, one a completion."
         )

@@ -61,7 +61,7 @@ class LastTokenScorer:
         ).last_hidden_state
         # The classifier's own pooling looks for the padding id, which may be the stop token's.
         picked = hidden[torch.arange(len(mask), device=mask.device), last_token(mask)]
-        return self.head.head(picked.to(self.head.head_weight.dtype)).squeeze(-1).float()
+        return self.head(picked)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -64,7 +64,7 @@ class ModelReward(Source):
         self.model = extract_model_from_parallel(model, keep_torch_compile=False)
         self.name = "reward model"
         self._batch_size = batch_size
-        language_model = _language_model(self.model)
+        language_model = language_model_of(self.model)
         own = own_tokenizer or _other_tokenizer(language_model, path, tokenizer)
         embeddings = _num_embeddings(language_model)
         if embeddings is not None:
@@ -98,10 +98,12 @@ class ModelReward(Source):
 
 def model_name(model: Any) -> str:
     """The hub name or folder a model was loaded from; empty if it was made here."""
-    return str(getattr(getattr(_language_model(model), "config", None), "_name_or_path", "") or "")
+    return str(
+        getattr(getattr(language_model_of(model), "config", None), "_name_or_path", "") or ""
+    )
 
 
-def _language_model(model: Any) -> Any:
+def language_model_of(model: Any) -> Any:
     """The model inside PEFT's wrapper and below a value head."""
     inner = without_adapters(model)
     return without_adapters(getattr(inner, "pretrained_model", inner))

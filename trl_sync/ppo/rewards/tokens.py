@@ -12,10 +12,10 @@ from jaxtyping import Bool, Int
 from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from transformers.utils import logging
-from trl.data_utils import apply_chat_template
 
 from trl_sync.errors import ConfigError
 from trl_sync.ppo.batch import Rollout
+from trl_sync.ppo.messages import render
 from trl_sync.ppo.rewards.functions import completion_messages, completion_texts
 
 logger = logging.get_logger(__name__)
@@ -134,17 +134,24 @@ class OwnTokens:
         if not self._conversational:
             ends = [self._end if ended else "" for ended in self._ended(rollout)]
             return ["".join(parts) for parts in zip(prompts, completions, ends, strict=True)]
-        tools = rollout.prompts.columns.get("tools", [None] * len(prompts))
+        nothing = [None] * len(prompts)
+        columns = rollout.prompts.columns
+        rows = zip(
+            prompts,
+            completion_messages(completions),
+            columns.get("tools", nothing),
+            columns.get("chat_template_kwargs", nothing),
+            strict=True,
+        )
         return [
-            apply_chat_template(
+            render(
                 {"messages": _conversation(prompt, completion)},
                 self._own,
-                tools_of_row,
-                **self._options,
+                tools=tools,
+                own_arguments=own_arguments,
+                arguments=self._options,
             )["text"]
-            for prompt, completion, tools_of_row in zip(
-                prompts, completion_messages(completions), tools, strict=True
-            )
+            for prompt, completion, tools, own_arguments in rows
         ]
 
     def _ended(self, rollout: Rollout) -> list[bool]:
