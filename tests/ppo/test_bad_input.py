@@ -109,6 +109,11 @@ def test_tokenizer_and_dataset(
     "message, settings",
     [
         ("does not divide into num_mini_batches=3", {"num_mini_batches": 3}),
+        ("the policy would never train", {"value_warmup_steps": 12}),
+        ("num_generations must be a whole number", {"num_generations": 1.5}),
+        ("reward_weights must be a list of finite", {"reward_weights": 1.0}),
+        ("reward_weights must be a list of finite", {"reward_weights": [math.nan]}),
+        ("reward_weights must be a list of finite", {"reward_weights": ["a"]}),
         ("max_steps=6 .* inside an iteration of 4", {"max_steps": 6, "total_episodes": None}),
         ("use_vllm=True does not work", {"use_vllm": True}),
         ("torch_compile=True does not work", {"torch_compile": True}),

@@ -20,6 +20,8 @@ from transformers import (
     GPT2ForSequenceClassification,
     LlamaForSequenceClassification,
     PreTrainedTokenizerFast,
+    RobertaConfig,
+    RobertaForSequenceClassification,
     T5Config,
     T5ForConditionalGeneration,
 )
@@ -381,6 +383,22 @@ def test_text_beyond_the_context_loses_its_front(warnings_said: list[str]) -> No
         expected = [model(input_ids=torch.tensor([ids])).logits[0, 0] for ids in sequences]
     torch.testing.assert_close(found, torch.stack(expected), **CLOSE)
     assert len(warnings_said) == 1
+
+
+def test_positions_that_begin_behind_the_padding_token_are_fewer(warnings_said: list[str]) -> None:
+    sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = RobertaConfig(
+        **sizes, vocab_size=64, max_position_embeddings=5, pad_token_id=0, num_labels=1
+    )
+    source = ModelReward(
+        RobertaForSequenceClassification(config).eval(),
+        tiny.tokenizer(),
+        batch_size=3,
+        device=CPU,
+        own_tokenizer=bert_tokenizer(),
+    )
+    source(text_rollout())
+    assert "context of 4 tokens" in warnings_said[0]
 
 
 # --- Lists

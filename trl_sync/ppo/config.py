@@ -376,6 +376,12 @@ def _check_ranges(config: PPOConfig) -> None:
     for name, value in _set_fields(config, ("gamma", "lam", "value_lam")):
         if not 0 <= value <= 1:
             raise ConfigError(f"{name} must lie between 0 and 1, got {value}.")
+    for name in ("num_generations", "value_warmup_steps"):
+        if not isinstance(getattr(config, name), int):
+            raise ConfigError(f"{name} must be a whole number, got {getattr(config, name)!r}.")
+    weights = config.reward_weights
+    if weights is not None and not _are_finite(weights):
+        raise ConfigError(f"reward_weights must be a list of finite numbers, got {weights!r}.")
     if config.use_score_norm and not config.use_score_scaling:
         raise ConfigError("use_score_norm has no effect without use_score_scaling: set both.")
     if config.kl_target is None and config.kl_horizon != PPOConfig.kl_horizon:
@@ -395,6 +401,13 @@ def _check_ranges(config: PPOConfig) -> None:
             f"missing_eos_penalty is subtracted and must be positive, got "
             f"{config.missing_eos_penalty}."
         )
+
+
+def _are_finite(values: Any) -> bool:
+    numbers = isinstance(values, (list, tuple)) and all(
+        isinstance(value, (int, float)) for value in values
+    )
+    return numbers and all(math.isfinite(value) for value in values)
 
 
 def _set_fields(config: PPOConfig, names: tuple[str, ...]) -> list[tuple[str, Any]]:

@@ -52,7 +52,7 @@ from trl_sync.ppo.rewards import (
 )
 from trl_sync.ppo.rollout import Sampling, seeded
 from trl_sync.ppo.trl_attributes import TrlAttributes
-from trl_sync.ppo.updates import UpdateCallback, check_optimizers, split_off
+from trl_sync.ppo.updates import UpdateCallback, check_optimizers, check_warmup, split_off
 from trl_sync.renames import accepts_old_arguments
 
 
@@ -122,6 +122,7 @@ class PPOTrainer(TrlAttributes, ModelCardMixin, CheckpointMixin):
         train_prompts = self._make_prompts(train_dataset, "train_dataset")
         eval_prompts = _eval_prompts(eval_dataset, self._make_prompts)
         self.plan = BatchPlan.derive(args, len(train_prompts))
+        check_warmup(args, self.plan)
         self.kl_control = KLControl(args, self.plan.batch_size)
         # Before anything is built: it may refuse settings.
         self.sampling = Sampling.of(args, processing_class, base)

@@ -35,6 +35,19 @@ def check_optimizers(args: PPOConfig, optimizers: tuple[Any, Any]) -> None:
         )
 
 
+def check_warmup(args: PPOConfig, plan: BatchPlan) -> None:
+    """Nothing, if the policy trains at some time.
+
+    Raises:
+        ConfigError: `value_warmup_steps` is as long as the run.
+    """
+    if 0 < plan.max_steps <= args.value_warmup_steps:
+        raise ConfigError(
+            f"value_warmup_steps={args.value_warmup_steps} is not less than the run's "
+            f"{plan.max_steps} optimizer updates: the policy would never train."
+        )
+
+
 def split_off(optimizer: Any, parameters: Iterable[nn.Parameter], learning_rate: float) -> None:
     """Moves `parameters` into groups of their own with that rate; other options stay as they are.
 

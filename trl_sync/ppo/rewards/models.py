@@ -29,6 +29,16 @@ from trl_sync.ppo.rewards.tokens import (
 logger = logging.get_logger(__name__)
 
 
+# Their first position is behind that of the padding token.
+_OFFSET_POSITIONS = (
+    "camembert",
+    "roberta",
+    "roberta-prelayernorm",
+    "xlm-roberta",
+    "xlm-roberta-xl",
+)
+
+
 class ModelReward(Source):
     """A frozen model that makes one number of prompt and response.
 
@@ -75,8 +85,7 @@ class ModelReward(Source):
             self.model.to(device)
         pad_id = _pad_id(language_model, own or tokenizer)
         self._scorer = sequence_scorer(self.model, pad_id)
-        config = getattr(language_model, "config", None)
-        context = getattr(config, "max_position_embeddings", None)
+        context = _context(getattr(language_model, "config", None))
         self._tokens: PolicyTokens | OwnTokens = PolicyTokens(
             context=context, right_padding=self._scorer.wants_right_padding
         )
@@ -125,6 +134,14 @@ def _other_tokenizer(
             )
             return own
     return None
+
+
+def _context(config: Any) -> int | None:
+    """How many tokens fit; None if the config does not say."""
+    positions: int | None = getattr(config, "max_position_embeddings", None)
+    if positions is not None and getattr(config, "model_type", "") in _OFFSET_POSITIONS:
+        positions -= config.pad_token_id + 1
+    return positions
 
 
 def _num_embeddings(language_model: Any) -> int | None:
