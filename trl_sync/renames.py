@@ -43,7 +43,8 @@ _LABEL = "it was only a label for trackers: leave it out, or put it into run_nam
 # Fields of PPOConfig that have no equal here, and what to do instead.
 CONFIG_ALTERNATIVES: dict[str, str] = {
     "accelerator_kwargs": "use accelerator_config",
-    "adap_kl_ctrl": "set kl_target (and kl_horizon) to adapt kl_coef; without them it stays",
+    "adap_kl_ctrl": "set kl_target (and kl_horizon) to adapt kl_coef; for adap_kl_ctrl=False leave "
+    "out target and horizon too, and kl_coef stays",
     "backward_batch_size": _COMPUTED,
     "compare_steps": "use save_strategy='best' with metric_for_best_model and push_to_hub",
     "early_stopping": "set target_kl alone; without it no iteration is cut short",
@@ -65,6 +66,18 @@ CONFIG_ALTERNATIVES: dict[str, str] = {
     "sanity_check": "pass a smaller train_dataset",
     "task_name": _LABEL,
     "tracker_kwargs": "initialise the tracker before training, or set its environment variables",
+}
+
+# Arguments of generate(), which PPOConfig has under other names.
+GENERATION_ALTERNATIVES: dict[str, str] = {
+    "do_sample": "rollouts are always sampled: leave it out",
+    "eos_token_id": "use stop_token_id, or generation_kwargs={'eos_token_id': [...]} for several",
+    "max_length": "use response_length, which counts tokens of the response alone",
+    "max_new_tokens": "use response_length",
+    "min_length": "use generation_kwargs={'min_length': ...}; 0 and -1 have no effect",
+    "pad_token_id": "it is not needed: masks come from lengths",
+    "top_k": "use generation_kwargs={'top_k': ...}; 0 is the default here",
+    "top_p": "use generation_kwargs={'top_p': ...}; 1.0 is the default here",
 }
 
 # Arguments of PPOTrainer with the same meaning under another name.
@@ -126,10 +139,13 @@ def accepts_old_arguments(trainer_class: Class) -> Class:
         construct(self, *args, **_renamed(kwargs, TRAINER_RENAMES, "PPOTrainer"))
 
     def __getattr__(self: Any, name: str) -> Any:  # noqa: N807
-        message = f"{type(self).__name__!r} object has no attribute {name!r}"
-        if name in REMOVED_METHODS:
-            message += f": {REMOVED_METHODS[name]}. {_STEP_API}."
-        raise AttributeError(message)
+        if name in REMOVED_METHODS and not hasattr(type(self), name):
+            raise AttributeError(
+                f"{type(self).__name__!r} object has no attribute {name!r}: "
+                f"{REMOVED_METHODS[name]}. {_STEP_API}."
+            )
+        # Raises, with the error from inside a property if that is why this was called.
+        return object.__getattribute__(self, name)
 
     trainer_class.__init__ = __init__  # type: ignore[misc]
     trainer_class.__getattr__ = __getattr__  # type: ignore[attr-defined]
@@ -143,6 +159,11 @@ def _renamed_fields(fields: Mapping[str, Any]) -> dict[str, Any]:
         ConfigError: one has no equal here, or is given under both names.
     """
     for name in fields:
+        if name in GENERATION_ALTERNATIVES:
+            raise ConfigError(
+                f"PPOConfig has no {name}: {GENERATION_ALTERNATIVES[name]}. With "
+                "trl_sync.legacy.PPOTrainer it is an argument of generate()."
+            )
         if name in CONFIG_ALTERNATIVES:
             raise ConfigError(
                 f"PPOConfig has no {name}: {CONFIG_ALTERNATIVES[name]}. Scripts with generate() "
@@ -179,7 +200,7 @@ def _renamed(
         new = renames[old]
         if new in renamed:
             raise ConfigError(f"{owner} got {new} twice, also as {old}: leave out {old}.")
-        _warn(f"{owner}({old}=...)", f"{new}=...")
+        _warn(f"{owner}({old}=...)", new)
         renamed[new] = arguments[old]
     return renamed
 

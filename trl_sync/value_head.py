@@ -19,10 +19,20 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, PreTrainedModel
 from transformers.utils import PushToHubMixin
 
-from trl_sync.backbone.checkpointing import disable_checkpointing, enable_checkpointing
+from trl_sync.backbone.checkpointing import (
+    disable_checkpointing,
+    enable_checkpointing,
+    is_checkpointing,
+)
 from trl_sync.backbone.quantization import keep_packed_weights
 from trl_sync.errors import ConfigError
-from trl_sync.value_head_files import PREFIX, read_score_head, read_value_head, write_value_head
+from trl_sync.value_head_files import (
+    PREFIX,
+    could_be_on_hub,
+    read_score_head,
+    read_value_head,
+    write_value_head,
+)
 from trl_sync.value_head_loading import (
     check_adapter_kind,
     check_adapters,
@@ -246,9 +256,12 @@ class PreTrainedModelWrapper(nn.Module, PushToHubMixin):
     def _load_value_head(self, source: str, options: dict[str, Any]) -> None:
         state = read_value_head(source, options)
         if state is None:
+            missing = "No value head was saved with %s"
+            if could_be_on_hub(source, options):
+                missing = "A value head of %s could not be looked up, the hub being out of reach"
             logger.warning(
-                "No value head was saved with %s, so a new one was drawn. This is as it should be "
-                "unless PPO training is resumed.",
+                missing + ", so a new one was drawn. This is as it should be unless PPO training "
+                "is resumed.",
                 source,
             )
             return
@@ -287,6 +300,11 @@ class PreTrainedModelWrapper(nn.Module, PushToHubMixin):
 
     def prepare_inputs_for_generation(self, *args: Any, **kwargs: Any) -> Any:
         return self.pretrained_model.prepare_inputs_for_generation(*args, **kwargs)
+
+    @property
+    def is_gradient_checkpointing(self) -> bool:
+        """Whether layers recompute their activations."""
+        return is_checkpointing(self.pretrained_model)
 
     def gradient_checkpointing_enable(
         self, gradient_checkpointing_kwargs: dict[str, Any] | None = None
@@ -372,9 +390,21 @@ class PreTrainedModelWrapper(nn.Module, PushToHubMixin):
 
 
 class AutoModelForCausalLMWithValueHead(PreTrainedModelWrapper):
-    """A causal language model with a value head."""
+    """A causal language model with a value head.
+
+    Raises:
+        ConfigError: the model is an encoder-decoder.
+    """
 
     transformers_parent_class = AutoModelForCausalLM
+
+    def __init__(self, pretrained_model: Any, **kwargs: Any) -> None:
+        if pretrained_model.config.is_encoder_decoder:
+            raise ConfigError(
+                f"{type(pretrained_model).__name__} is an encoder-decoder model: use "
+                "AutoModelForSeq2SeqLMWithValueHead."
+            )
+        super().__init__(pretrained_model, **kwargs)
 
     def _last_hidden_state(self, output: Any) -> Tensor:
         hidden: Tensor = output.hidden_states[-1]
@@ -385,12 +415,17 @@ class AutoModelForSeq2SeqLMWithValueHead(PreTrainedModelWrapper):
     """An encoder-decoder model with a value head on the decoder.
 
     Raises:
-        ConfigError: the model has no LM head.
+        ConfigError: the model has no LM head, or no encoder.
     """
 
     transformers_parent_class = AutoModelForSeq2SeqLM
 
     def __init__(self, pretrained_model: Any, **kwargs: Any) -> None:
+        if not pretrained_model.config.is_encoder_decoder:
+            raise ConfigError(
+                f"{type(pretrained_model).__name__} has no encoder: use "
+                "AutoModelForCausalLMWithValueHead."
+            )
         super().__init__(pretrained_model, **kwargs)
         self.is_encoder_decoder = True
         names = [name for name, _ in pretrained_model.named_modules()]

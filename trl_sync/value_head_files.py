@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import hf_hub_download
+from huggingface_hub import hf_hub_download, try_to_load_from_cache
 from huggingface_hub.errors import (
     EntryNotFoundError,
     HFValidationError,
@@ -106,6 +106,19 @@ def find_file(source: str, name: str, hub_options: dict[str, Any]) -> Path | Non
         return Path(hf_hub_download(source, name, **options))
     except _ABSENT:
         return None
+
+
+def could_be_on_hub(source: str, hub_options: dict[str, Any]) -> bool:
+    """Whether a repository may hold a value head that was not found because nobody answered.
+
+    The cache remembers which files the hub did not have when it was last asked.
+    """
+    if Path(source).is_dir():
+        return False
+    options = {key: hub_options.get(key) for key in ("cache_dir", "revision")}
+    subfolder = hub_options.get("subfolder")
+    name = f"{subfolder}/{OWN_FILE}" if subfolder else OWN_FILE
+    return try_to_load_from_cache(source, name, **options) is None
 
 
 def _whole_or_shards(source: str, name: str, hub_options: dict[str, Any]) -> list[Path]:

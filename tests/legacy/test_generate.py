@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import logging
 from typing import Any
 
 import pytest
 import torch
 from datasets import Dataset
 from torch import Tensor
+from transformers import GenerationConfig
+from transformers.generation.utils import logger
 
 import step_loops
 import tiny
@@ -42,8 +45,101 @@ def test_one_query_gets_one_row() -> None:
     assert response.shape == (1, 9)
     assert torch.equal(response[0], alone(trainer, QUERIES[0], **GREEDY))
     assert trainer.generate(QUERIES[0], return_prompt=False, **GREEDY).shape == (1, 6)
-    with pytest.raises(ConfigError, match="one dimension"):
-        trainer.generate(QUERIES[0][None], **GREEDY)
+
+
+def test_queries_are_sequences_of_tokens() -> None:
+    trainer = step_loops.trainer()
+    expected = [row.tolist() for row in trainer.generate(QUERIES, **GREEDY)]
+    arrays = [query.numpy() for query in QUERIES]
+    for queries in (tuple(QUERIES), arrays, [query.tolist() for query in QUERIES]):
+        assert [row.tolist() for row in trainer.generate(queries, **GREEDY)] == expected
+    assert torch.equal(trainer.generate(arrays[0], **GREEDY)[0], torch.tensor(expected[0]))
+    for wrong in (
+        QUERIES[0][None],
+        [5, 6],
+        [QUERIES[0].float()],
+        "text",
+        [torch.stack(QUERIES[:1])],
+    ):
+        with pytest.raises(ConfigError, match="must be a tensor of tokens, of one dimension"):
+            trainer.generate(wrong, **GREEDY)
+    with pytest.raises(ConfigError, match="A query is empty"):
+        trainer.generate([QUERIES[0], QUERIES[0][:0]], **GREEDY)
+
+
+def test_one_query_takes_every_argument_of_the_model() -> None:
+    trainer = step_loops.trainer()
+    query, sampled = QUERIES[0], {"do_sample": True, "max_new_tokens": 4}
+    mask = torch.tensor([[0, 1, 1]])
+    for options in ({"num_return_sequences": 3}, {"attention_mask": mask}):
+        given = {"attention_mask": torch.ones(1, 3, dtype=torch.long)} | options
+        torch.manual_seed(1)
+        expected = trainer.model.generate(input_ids=query[None], **given, **sampled)
+        torch.manual_seed(1)
+        assert torch.equal(trainer.generate(query, **options, **sampled), expected)
+    assert trainer.generate(query, return_prompt=False, num_beams=2, **sampled).shape == (1, 4)
+    structured = {"return_dict_in_generate": True, "output_scores": True}
+    output = trainer.generate(query, **structured, **GREEDY)
+    assert output.sequences.shape == (1, 9)
+    assert len(output.scores) == 6
+    with pytest.raises(ConfigError, match="return_prompt=False has no effect"):
+        trainer.generate(query, return_prompt=False, **structured, **GREEDY)
+
+
+def test_a_list_refuses_what_it_cannot_honour() -> None:
+    trainer = step_loops.trainer()
+    wrong: tuple[tuple[str, Any], ...] = (
+        ("num_return_sequences", 2),
+        ("return_dict_in_generate", True),
+        ("attention_mask", torch.ones(1, 3)),
+        ("inputs_embeds", torch.ones(1, 3, 64)),
+    )
+    for name, value in wrong:
+        with pytest.raises(ConfigError, match=f"cannot take {name}: "):
+            trainer.generate(QUERIES, **{name: value}, **GREEDY)
+    several = GenerationConfig(do_sample=True, num_return_sequences=2)
+    with pytest.raises(ConfigError, match="cannot take num_return_sequences: repeat each query"):
+        trainer.generate(QUERIES, generation_config=several)
+    harmless = {"num_return_sequences": 1, "return_dict_in_generate": False}
+    assert len(trainer.generate(QUERIES, **harmless, **GREEDY)) == 4
+
+
+def test_a_generation_config_is_all_that_transformers_gets(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    logging.getLogger("transformers").addHandler(caplog.handler)
+    logger.warning_once.cache_clear()
+    trainer = step_loops.trainer()
+    config = GenerationConfig(do_sample=False, max_new_tokens=6)
+    expected = trainer.generate(QUERIES, **GREEDY)
+    for shorter in (6, 3):
+        options = {"generation_config": config, "length_sampler": lambda n=shorter: n}
+        responses = trainer.generate(QUERIES, return_prompt=False, **options)
+        for query, response, whole in zip(QUERIES, responses, expected, strict=True):
+            assert response.tolist() == whole[len(query) : len(query) + shorter].tolist()
+        assert torch.equal(trainer.generate(QUERIES[0], **options)[0], expected[0][: 3 + shorter])
+    assert (config.max_new_tokens, config.pad_token_id) == (6, None)
+    logging.getLogger("transformers").removeHandler(caplog.handler)
+    assert "deprecated" not in caplog.text
+
+
+def test_without_a_stop_token_a_response_still_ends_at_eos() -> None:
+    """As in TRL: scripts pass an id that no token has, and expect it."""
+    trainer = step_loops.trainer()
+    with torch.no_grad():
+        # Every token is as likely as any other, so eos, which is 1, comes up in 100 of them.
+        trainer.model.pretrained_model.lm_head.weight.zero_()
+    sampled = {"do_sample": True, "top_k": 0, "max_new_tokens": 100, "return_prompt": False}
+    eos = trainer.tokenizer.eos_token_id
+    for other in (100_000, -1, 9):
+        torch.manual_seed(2)
+        whole = trainer.generate(QUERIES, eos_token_id=other, remove_padding=False, **sampled)
+        torch.manual_seed(2)
+        responses = trainer.generate(QUERIES, eos_token_id=other, **sampled)
+        for response, row in zip(responses, (row.tolist() for row in whole), strict=True):
+            ends = [row.index(stop) for stop in (eos, other) if stop in row]
+            assert response.tolist() == row[: min(ends, default=len(row)) + 1]
+        assert any(int(response[-1]) == eos for response in responses)
 
 
 def test_a_response_ends_with_its_first_stop_token() -> None:

@@ -7,11 +7,13 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import MagicMock
 
 import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
+from accelerate.utils import LoggerType
 from transformers import AutoModelForCausalLM, AutoTokenizer, HfArgumentParser
 
 import step_loops
@@ -24,7 +26,9 @@ from trl_sync.legacy import (
     PPOConfig,
     RunningMoments,
     core,
+    stats,
 )
+from trl_sync.legacy.core import PPODecorators
 
 # TRL 0.11.4, ppo_config.py
 DEFAULTS = {
@@ -203,8 +207,38 @@ def test_masked_statistics_by_hand() -> None:
     shifted = core.masked_whiten(values, mask, shift_mean=False)
     assert shifted[mask.bool()].tolist() == pytest.approx([1, 2, 3])
     assert core.whiten(torch.tensor([1.0, 2.0, 3.0])).tolist() == pytest.approx([-1, 0, 1])
+    # As in TRL; the statistics of a step have 0 there.
     nothing = torch.zeros_like(mask)
-    assert core.masked_mean(values, nothing).item() == core.masked_var(values, nothing).item() == 0
+    assert core.masked_mean(values, nothing).isnan()
+    with pytest.raises(ValueError, match="The mask is empty"):
+        core.masked_var(values, nothing)
+    assert stats.mean_of_counted(values, nothing) == stats.variance_of_counted(values, nothing) == 0
+    assert stats.mean_of_counted(values, mask) == 2
+    assert stats.variance_of_counted(values, mask) == 1
+
+
+def test_cached_memory_is_freed_when_switched_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    freed: list[str] = []
+    monkeypatch.setattr(core, "free_device_cache", lambda: freed.append("cache"))
+
+    @PPODecorators.empty_device_cache()
+    def work() -> str:
+        return "done"
+
+    assert (work(), freed) == ("done", [])
+    for name in ("optimize_device_cache", "optimize_cuda_cache"):
+        monkeypatch.setattr(PPODecorators, name, True)
+        assert work() == "done"
+        with PPODecorators.empty_cuda_cache():
+            assert freed == ["cache"]
+        assert freed == ["cache", "cache"]
+        freed.clear()
+        monkeypatch.setattr(PPODecorators, name, False)
+    step_loops.trainer(step_loops.config(optimize_device_cache=True))
+    work()
+    assert freed == ["cache"]
+    step_loops.trainer()
+    assert not PPODecorators.optimize_device_cache
 
 
 def test_distributions_by_hand() -> None:
@@ -279,13 +313,48 @@ def test_texts_go_to_wandb(monkeypatch: pytest.MonkeyPatch) -> None:
         trainer.log_stats({}, {"query": ["a"]}, torch.tensor([1.0]))
 
 
+def installed(monkeypatch: pytest.MonkeyPatch, *trackers: LoggerType) -> None:
+    for module in ("trl_sync.legacy.setup", "accelerate.tracking"):
+        monkeypatch.setattr(f"{module}.get_available_trackers", lambda: list(trackers))
+
+
+def test_trackers_that_cannot_log_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    installed(monkeypatch, LoggerType.TENSORBOARD)
+    for log_with, said in (
+        ("wandb", "'wandb', but that tracker is not installed"),
+        (["tensorboard", LoggerType.COMETML], "'comet_ml', but that tracker is not installed"),
+        ("nonsense", "'nonsense' is no tracker of accelerate: choose from aim"),
+    ):
+        project = {"logging_dir": "logs"}
+        with pytest.raises(ConfigError, match=f"log_with={said}"):
+            step_loops.trainer(step_loops.config(log_with=log_with, project_kwargs=project))
+    with pytest.raises(ConfigError, match=r"project_kwargs=\{'logging_dir': \.\.\.\}"):
+        step_loops.trainer(step_loops.config(log_with="tensorboard"))
+
+
+def test_comet_gets_the_statistics(monkeypatch: pytest.MonkeyPatch) -> None:
+    experiment = MagicMock()
+    comet = SimpleNamespace(__version__="3.49.0", start=lambda **_: experiment)
+    monkeypatch.setitem(sys.modules, "comet_ml", comet)
+    installed(monkeypatch, LoggerType.COMETML)
+    trainer = step_loops.trainer(step_loops.config(log_with="comet_ml"))
+    trainer.log_stats({"ppo/mean_scores": 2.0}, {}, [torch.tensor(1.0), torch.tensor(3.0)])
+    experiment.log_metric.assert_any_call("ppo/mean_scores", 2.0, step=1)
+    experiment.log_metric.assert_any_call("env/reward_mean", 2.0, step=1)
+
+
 def test_trackers_are_started_with_the_settings(monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[tuple[str, Any]] = []
     monkeypatch.setattr(
         Accelerator, "init_trackers", lambda self, name, **options: calls.append((name, options))
     )
     monkeypatch.setattr("accelerate.accelerator.filter_trackers", lambda *_, **__: [object()])
-    settings = {"tracker_project_name": "mine", "tracker_kwargs": {"wandb": {"entity": "me"}}}
+    installed(monkeypatch, LoggerType.TENSORBOARD, LoggerType.WANDB)
+    settings = {
+        "tracker_project_name": "mine",
+        "tracker_kwargs": {"wandb": {"entity": "me"}},
+        "project_kwargs": {"logging_dir": "logs"},
+    }
     for tracker in ("tensorboard", "wandb", None):
         step_loops.trainer(step_loops.config(log_with=tracker, **settings))
     assert [name for name, _ in calls] == ["mine", "mine"]
@@ -304,6 +373,25 @@ def test_saved_models_load(tmp_path: Path) -> None:
     assert AutoTokenizer.from_pretrained(tmp_path / "saved").eos_token == "[EOS]"
     card = (tmp_path / "saved" / "README.md").read_text()
     assert 'AutoModelForCausalLMWithValueHead.from_pretrained("saved")' in card
+
+
+def test_saving_pushes_on_request(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    hub = MagicMock()
+    hub.create_repo.return_value.repo_id = "me/saved"
+    monkeypatch.setattr("trl_sync.legacy.saving.HfApi", lambda token=None: hub)
+    trainer = step_loops.trainer()
+    trainer.save_pretrained(tmp_path / "saved", push_to_hub=False)
+    hub.upload_folder.assert_not_called()
+    trainer.save_pretrained(tmp_path / "saved", push_to_hub=True, allow_patterns="*.json")
+    hub.create_repo.assert_called_once_with("saved", private=None, exist_ok=True)
+    assert hub.upload_folder.call_args.kwargs["allow_patterns"] == "*.json"
+    trainer.push_to_hub("me/saved", ignore_patterns=["*.bin"], delete_patterns="*.txt")
+    uploaded = hub.upload_folder.call_args.kwargs
+    assert (uploaded["ignore_patterns"], uploaded["delete_patterns"]) == (["*.bin"], "*.txt")
+    with pytest.raises(ConfigError, match="repo_id, private has no effect without push_to_hub"):
+        trainer.save_pretrained(tmp_path / "saved", repo_id="me/saved", private=True)
+    with pytest.raises(ConfigError, match="config has no effect"):
+        trainer.push_to_hub("me/saved", config={})
 
 
 def test_the_best_model_is_pushed(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -621,6 +621,22 @@ def test_subclasses_override_the_parts() -> None:
     assert seen == ["rewards"] + ["loss"] * 8
 
 
+def test_the_kl_penalty_of_a_subclass_is_the_reward() -> None:
+    """TRL 0.11 called it for each sequence."""
+
+    class Own(PPOTrainer):
+        def _kl_penalty(self, logprob: Tensor, ref_logprob: Tensor) -> Tensor:
+            assert logprob.shape == ref_logprob.shape
+            assert logprob.dim() == 1
+            return torch.full_like(logprob, 7.0)
+
+    queries, responses, scores = step_loops.episodes(0)
+    stats = step_loops.trainer(kind=Own).step(queries, responses, scores)
+    tokens = sum(len(response) for response in responses)
+    assert stats["objective/kl"] == pytest.approx(7.0 * tokens / 8)
+    assert stats["ppo/mean_non_score_reward"] == pytest.approx(-0.2 * 7.0)
+
+
 def test_a_negative_kl_is_told() -> None:
     class Shifted(PPOTrainer):
         def compute_rewards(self, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
@@ -661,6 +677,7 @@ def test_arguments_that_cannot_work_are_refused() -> None:
         ("lr_scheduler must be", make(lr_scheduler=object())),
         ("dataset must be", make(dataset=["a"])),
         ("has 4 rows, fewer than one batch", make(dataset=rows)),
+        ("A dataset that is streamed", make(dataset=rows.to_iterable_dataset())),
     ]
     for message, construct in cases:
         with pytest.raises(ConfigError, match=message):

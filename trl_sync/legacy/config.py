@@ -12,6 +12,7 @@ from typing import Any, Literal
 
 from trl_sync.errors import ConfigError
 from trl_sync.legacy.core import flatten_dict
+from trl_sync.legacy.newer import refuses_newer_settings
 
 _JSON = ("tracker_kwargs", "accelerator_kwargs", "project_kwargs", "push_to_hub_if_best_kwargs")
 _POSITIVE = (
@@ -21,6 +22,7 @@ _POSITIVE = (
 )
 
 
+@refuses_newer_settings
 @dataclass
 class PPOConfig:
     """The settings of `trl_sync.legacy.PPOTrainer`.
@@ -181,11 +183,11 @@ class PPOConfig:
 
     def _take_older_names(self) -> None:
         if self.forward_batch_size is not None:
-            warnings.warn("forward_batch_size is now mini_batch_size.", FutureWarning, stacklevel=4)
+            warnings.warn("forward_batch_size is now mini_batch_size.", FutureWarning, stacklevel=5)
             self.mini_batch_size = self.forward_batch_size
         if self.optimize_cuda_cache is not None:
             warnings.warn(
-                "optimize_cuda_cache is now optimize_device_cache.", FutureWarning, stacklevel=4
+                "optimize_cuda_cache is now optimize_device_cache.", FutureWarning, stacklevel=5
             )
             if self.optimize_device_cache and not self.optimize_cuda_cache:
                 raise ConfigError(

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+import gc
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -11,9 +13,12 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 from transformers import TopKLogitsWarper, TopPLogitsWarper, set_seed
 
+from trl_sync.ppo.compat import masked_mean, masked_var, masked_whiten
+
 __all__ = [
     "WANDB_PADDING",
     "LengthSampler",
+    "PPODecorators",
     "clip_by_value",
     "convert_to_scalar",
     "entropy_from_logits",
@@ -44,24 +49,32 @@ class LengthSampler:
         return int(np.random.choice(self.values))
 
 
-def masked_mean(values: Tensor, mask: Tensor, axis: int | None = None) -> Tensor:
-    """The mean where the mask is not 0; of nothing it is 0."""
-    if axis is None:
-        return (values * mask).sum() / mask.sum().clamp(min=1)
-    return (values * mask).sum(axis) / mask.sum(axis).clamp(min=1)
+class PPODecorators:
+    """Decorators that free the device's cached memory after a function, if switched on.
+
+    Each is a context manager as well. Nothing happens while both switches are False.
+    """
+
+    optimize_device_cache: ClassVar[bool] = False
+    # The name of earlier versions of TRL.
+    optimize_cuda_cache: ClassVar[bool] = False
+
+    @classmethod
+    @contextmanager
+    def empty_device_cache(cls) -> Iterator[None]:
+        """Frees the cache afterwards, if one of the switches is on."""
+        yield
+        if cls.optimize_device_cache or cls.optimize_cuda_cache:
+            free_device_cache()
+
+    empty_cuda_cache = empty_device_cache
 
 
-def masked_var(values: Tensor, mask: Tensor, unbiased: bool = True) -> Tensor:
-    """The variance where the mask is not 0; of fewer than two values it is 0."""
-    squares = ((values - masked_mean(values, mask)).square() * mask).sum()
-    return squares / (mask.sum() - int(unbiased)).clamp(min=1)
-
-
-def masked_whiten(values: Tensor, mask: Tensor, shift_mean: bool = True) -> Tensor:
-    """`values` with variance 1 where the mask is not 0; mean 0 if `shift_mean`. One process."""
-    mean = masked_mean(values, mask)
-    whitened = (values - mean) * torch.rsqrt(masked_var(values, mask) + 1e-8)
-    return whitened if shift_mean else whitened + mean
+def free_device_cache() -> None:
+    """Gives memory that torch has cached back to the device; nothing without one."""
+    if torch.accelerator.is_available():
+        gc.collect()
+        torch.accelerator.memory.empty_cache()
 
 
 def whiten(values: Tensor, shift_mean: bool = True) -> Tensor:

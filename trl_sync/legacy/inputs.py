@@ -88,8 +88,14 @@ def check_episodes(
     lists = {"queries": queries, "responses": responses, "scores": scores}
     lists |= {} if masks is None else {"response_masks": masks}
     for name, tensors in lists.items():
-        if not isinstance(tensors, list) or not all(isinstance(t, Tensor) for t in tensors):
-            raise ConfigError(f"{name} must be a list of tensors.")
+        if not isinstance(tensors, list):
+            raise ConfigError(f"{name} must be a list of tensors, got {type(tensors).__name__}.")
+        other = next((t for t in tensors if not isinstance(t, Tensor)), None)
+        if other is not None:
+            raise ConfigError(
+                f"{name} must be a list of tensors, got a list with {type(other).__name__}: "
+                "torch.tensor(...) makes a tensor of it."
+            )
         if batch_size is not None and len(tensors) != batch_size:
             raise ConfigError(
                 f"{name} has {len(tensors)} entries, but batch_size is {batch_size}: step takes "

@@ -122,9 +122,14 @@ class LearningMixin:
 
         Log-probabilities are those of every token of the vocabulary if `kl_penalty` is "full".
         """
-        kls = kl_penalties(logprobs, ref_logprobs, self.config.kl_penalty)
+        rows = zip(logprobs, ref_logprobs, strict=True)
+        kls = torch.stack([self._kl_penalty(own, reference) for own, reference in rows])
         non_score_rewards = -self.kl_ctl.value * kls
         return add_scores(non_score_rewards, scores, masks), non_score_rewards, kls
+
+    def _kl_penalty(self, logprob: Tensor, ref_logprob: Tensor) -> Tensor:
+        """The KL penalty on the tokens of one sequence, (T - 1,), which subclasses override."""
+        return kl_penalties(logprob, ref_logprob, self.config.kl_penalty)
 
     def compute_advantages(
         self, values: Tensor, rewards: Tensor, mask: Tensor

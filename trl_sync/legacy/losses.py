@@ -13,7 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from trl_sync.legacy.config import PPOConfig
-from trl_sync.legacy.core import entropy_from_logits, flatten_dict, masked_mean, masked_var
+from trl_sync.legacy.core import entropy_from_logits, flatten_dict
+from trl_sync.legacy.stats import mean_of_counted, variance_of_counted
 from trl_sync.ppo.advantage import generalized_advantages
 from trl_sync.ppo.loss import policy_loss, value_loss
 
@@ -109,18 +110,12 @@ def losses_and_statistics(
             "approxkl": sums["approx_kl"] / tokens,
             "clipfrac": sums["policy_clipped"] / tokens,
             "advantages": advantages,
-            "advantages_mean": masked_mean(advantages, mask),
+            "advantages_mean": mean_of_counted(advantages, mask),
         },
-        "returns": {"mean": masked_mean(returns, mask), "var": masked_var(returns, mask)},
-        "val": {
-            "vpred": masked_mean(vpreds, mask).detach(),
-            "error": masked_mean((vpreds - returns).square(), mask).detach(),
-            "clipfrac": sums["value_clipped"] / tokens,
-            "mean": masked_mean(values, mask),
-            "var": masked_var(values, mask),
-        },
+        **_value_statistics(values, vpreds, returns, mask),
     }
     flat: dict[str, Any] = flatten_dict(statistics)
+    flat["val/clipfrac"] = sums["value_clipped"] / tokens
     return of_policy, of_value, flat, mean_ratio
 
 
@@ -130,7 +125,25 @@ def _policy_statistics(
 ) -> dict[str, Tensor]:
     difference = logprobs - old_logprobs
     return {
-        "entropy": masked_mean(entropy_from_logits(logits), mask),
-        "policykl": masked_mean(-difference, mask),
+        "entropy": mean_of_counted(entropy_from_logits(logits), mask),
+        "policykl": mean_of_counted(-difference, mask),
         "ratio": difference.exp(),
+    }
+
+
+@torch.no_grad()
+def _value_statistics(
+    values: Tensor, vpreds: Tensor, returns: Tensor, mask: Tensor
+) -> dict[str, dict[str, Tensor]]:
+    return {
+        "returns": {
+            "mean": mean_of_counted(returns, mask),
+            "var": variance_of_counted(returns, mask),
+        },
+        "val": {
+            "vpred": mean_of_counted(vpreds, mask),
+            "error": mean_of_counted((vpreds - returns).square(), mask),
+            "mean": mean_of_counted(values, mask),
+            "var": variance_of_counted(values, mask),
+        },
     }

@@ -8,6 +8,8 @@ from typing import Any
 
 from huggingface_hub import HfApi
 
+from trl_sync.errors import ConfigError
+
 MODEL_CARD = """---
 library_name: transformers
 tags:
@@ -40,12 +42,31 @@ class SavingMixin:
     model: Any
     tokenizer: Any
 
-    def save_pretrained(self, save_directory: str) -> None:
-        """Saves model, value head, tokenizer and model card; every process may call it."""
+    def save_pretrained(
+        self,
+        save_directory: Any,
+        *,
+        push_to_hub: bool = False,
+        repo_id: str | None = None,
+        **push_to_hub_kwargs: Any,
+    ) -> None:
+        """Saves model, value head, tokenizer and model card; every process may call it.
+
+        With `push_to_hub` they are uploaded too, to `repo_id` or a repository named as the folder,
+        with the other arguments of `push_to_hub`.
+
+        Raises:
+            ConfigError: arguments that have an effect with `push_to_hub` alone.
+        """
+        unused = [*(["repo_id"] if repo_id else []), *push_to_hub_kwargs]
+        if unused and not push_to_hub:
+            raise ConfigError(f"{', '.join(unused)} has no effect without push_to_hub=True.")
         if self.accelerator.is_main_process:
             Path(save_directory).mkdir(parents=True, exist_ok=True)
             self._save_pretrained(save_directory)
         self.accelerator.wait_for_everyone()
+        if push_to_hub:
+            self.push_to_hub(repo_id or Path(save_directory).name, **push_to_hub_kwargs)
 
     def _save_pretrained(self, save_directory: Any) -> None:
         self.accelerator.unwrap_model(self.model).save_pretrained(save_directory)
@@ -61,8 +82,22 @@ class SavingMixin:
         token: str | None = None,
         branch: str | None = None,
         create_pr: bool | None = None,
+        allow_patterns: Any = None,
+        ignore_patterns: Any = None,
+        delete_patterns: Any = None,
+        config: Any = None,
     ) -> str | None:
-        """Uploads what `save_pretrained` saves, from the main process; returns the address."""
+        """Uploads what `save_pretrained` saves, from the main process; returns the address.
+
+        Patterns choose among the files, as in `huggingface_hub.HfApi.upload_folder`.
+
+        Raises:
+            ConfigError: a `config`, in place of which the model's own is saved.
+        """
+        if config is not None:
+            raise ConfigError(
+                "config has no effect: the model is saved with its own. Leave it out."
+            )
         address = None
         if self.accelerator.is_main_process:
             api = HfApi(token=token)
@@ -76,6 +111,9 @@ class SavingMixin:
                     commit_message=commit_message,
                     revision=branch,
                     create_pr=create_pr,
+                    allow_patterns=allow_patterns,
+                    ignore_patterns=ignore_patterns,
+                    delete_patterns=delete_patterns,
                 )
             address = str(commit)
         self.accelerator.wait_for_everyone()

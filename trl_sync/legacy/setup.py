@@ -8,15 +8,18 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.tracking import LOGGER_TYPE_TO_CLASS, GeneralTracker, get_available_trackers
 from accelerate.utils import (
     DistributedType,
     GradientAccumulationPlugin,
+    LoggerType,
     ProjectConfiguration,
     broadcast,
 )
 from datasets import Dataset
 from peft import PeftModel
 from torch import nn
+from torch.optim.lr_scheduler import LRScheduler
 from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -32,7 +35,9 @@ _DATA_PARALLEL = (
 _TEXT_COLUMNS = ("label", "query", "response")
 
 
-def check_arguments(config: Any, model: Any, ref_model: Any, tokenizer: Any) -> None:
+def check_arguments(
+    config: Any, model: Any, ref_model: Any, tokenizer: Any, lr_scheduler: Any
+) -> None:
     """Nothing, if these are what the step API takes.
 
     Raises:
@@ -65,6 +70,11 @@ def check_arguments(config: Any, model: Any, ref_model: Any, tokenizer: Any) -> 
             "model and ref_model are the same object: the reference would train too. Leave out "
             "ref_model, and a copy is made."
         )
+    if lr_scheduler is not None and not isinstance(lr_scheduler, LRScheduler):
+        raise ConfigError(
+            "lr_scheduler must be a torch.optim.lr_scheduler.LRScheduler, got "
+            f"{type(lr_scheduler).__name__}."
+        )
     _check_trainable(model)
 
 
@@ -85,15 +95,18 @@ def make_accelerator(config: PPOConfig) -> Accelerator:
     """The accelerator; fills in the config's sizes over all processes.
 
     Raises:
-        ConfigError: the launcher asks for DeepSpeed, FSDP or another engine that shards models.
+        ConfigError: a tracker is not there, or the launcher asks for DeepSpeed, FSDP or another
+            engine that shards models.
     """
+    project = ProjectConfiguration(**config.options("project_kwargs"))
+    _check_trackers(config.log_with, project.logging_dir)
     accelerator = Accelerator(
         log_with=config.log_with,
         # The user's loop reads the data loader, so its end says nothing about mini-batches.
         gradient_accumulation_plugin=GradientAccumulationPlugin(
             num_steps=config.gradient_accumulation_steps, sync_with_dataloader=False
         ),
-        project_config=ProjectConfiguration(**config.options("project_kwargs")),
+        project_config=project,
         **({"step_scheduler_with_optimizer": False} | config.options("accelerator_kwargs")),
     )
     if accelerator.distributed_type not in _DATA_PARALLEL:
@@ -106,6 +119,35 @@ def make_accelerator(config: PPOConfig) -> Accelerator:
     config.global_backward_batch_size = (config.backward_batch_size or 0) * config.world_size
     config.global_batch_size = config.batch_size * config.world_size
     return accelerator
+
+
+def _check_trackers(log_with: Any, logging_dir: Any) -> None:
+    """Nothing, if accelerate can start these trackers, of which it leaves out some in silence.
+
+    Raises:
+        ConfigError: it cannot.
+    """
+    requested = log_with if isinstance(log_with, (list, tuple)) else [log_with]
+    installed = {str(tracker) for tracker in get_available_trackers()}
+    for tracker in requested:
+        name = str(tracker)
+        if tracker is None or isinstance(tracker, GeneralTracker) or name == str(LoggerType.ALL):
+            continue
+        if name not in LOGGER_TYPE_TO_CLASS:
+            raise ConfigError(
+                f"log_with={name!r} is no tracker of accelerate: choose from "
+                f"{', '.join(map(str, LOGGER_TYPE_TO_CLASS))}, or leave it out."
+            )
+        if name in map(str, LoggerType) and name not in installed:
+            raise ConfigError(
+                f"log_with={name!r}, but that tracker is not installed, so nothing would be "
+                "logged: install its package, choose another, or leave out log_with."
+            )
+        if LOGGER_TYPE_TO_CLASS[name].requires_logging_directory and logging_dir is None:
+            raise ConfigError(
+                f"log_with={name!r} needs a folder to write to: pass "
+                "project_kwargs={'logging_dir': ...}."
+            )
 
 
 def make_reference(
@@ -143,12 +185,18 @@ def make_dataloader(
     """Shuffled batches of `batch_size` of one process.
 
     Raises:
-        ConfigError: the dataset is of another type or smaller than one batch of all processes.
+        ConfigError: the dataset is of another type, streamed, or smaller than one batch of all
+            processes.
     """
     if not isinstance(dataset, (Dataset, torch.utils.data.Dataset)):
         raise ConfigError(
             "dataset must be a torch.utils.data.Dataset or a datasets.Dataset, got "
             f"{type(dataset).__name__}."
+        )
+    if not hasattr(dataset, "__len__"):
+        raise ConfigError(
+            "A dataset that is streamed cannot be shuffled and has no length: load it without "
+            "streaming=True, or leave out dataset and read batches in a loop of your own."
         )
     if isinstance(dataset, Dataset) and config.remove_unused_columns:
         taken = [*inspect.signature(model.forward).parameters, *_TEXT_COLUMNS]

@@ -9,7 +9,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
-from trl_sync.legacy.core import WANDB_PADDING, masked_mean, stack_dicts
+from trl_sync.legacy.core import WANDB_PADDING, stack_dicts
 from trl_sync.ppo.collectives import reduce_sum
 
 _PER_TOKEN = ("policy/advantages", "policy/ratio")
@@ -46,7 +46,7 @@ def step_statistics(
         "objective/ref_logprobs": ref_logprobs,
         "objective/kl_coef": kl_coef,
         "objective/entropy": (-logprobs * masks).sum(-1).mean(),
-        "ppo/mean_non_score_reward": masked_mean(non_score_reward, masks),
+        "ppo/mean_non_score_reward": mean_of_counted(non_score_reward, masks),
         "ppo/mean_scores": scores.mean(),
         "ppo/std_scores": _deviation(scores),
     }
@@ -75,6 +75,17 @@ def mean_over_processes(accelerator: Accelerator, stats: Mapping[str, Any]) -> d
     numbers = torch.stack([stats[name].double().cpu() for name in names])
     means = reduce_sum(accelerator, numbers.to(accelerator.device)) / accelerator.num_processes
     return dict(stats) | dict(zip(names, means.cpu(), strict=True))
+
+
+def mean_of_counted(values: Tensor, mask: Tensor) -> Tensor:
+    """The mean where the mask is not 0; of nothing it is 0, where TRL has NaN."""
+    return (values * mask).sum() / mask.sum().clamp(min=1)
+
+
+def variance_of_counted(values: Tensor, mask: Tensor) -> Tensor:
+    """The unbiased variance where the mask is not 0; of fewer than two values it is 0."""
+    squares = ((values - mean_of_counted(values, mask)).square() * mask).sum()
+    return squares / (mask.sum() - 1).clamp(min=1)
 
 
 def _deviation(values: Tensor) -> Tensor:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -15,14 +14,19 @@ from torch import Tensor
 from torch.optim.lr_scheduler import LRScheduler
 from transformers import set_seed
 
-from trl_sync.errors import ConfigError
 from trl_sync.legacy.config import PPOConfig
 from trl_sync.legacy.control import AdaptiveKLController, FixedKLController, RunningMoments
-from trl_sync.legacy.core import convert_to_scalar, stats_to_np
+from trl_sync.legacy.core import (
+    PPODecorators,
+    convert_to_scalar,
+    free_device_cache,
+    stats_to_np,
+)
 from trl_sync.legacy.generation import GenerationMixin
 from trl_sync.legacy.inputs import RightPadding, check_episodes, no_dropout
 from trl_sync.legacy.learning import LearningMixin
 from trl_sync.legacy.logging import log_step
+from trl_sync.legacy.newer import refuses_newer_arguments
 from trl_sync.legacy.saving import SavingMixin
 from trl_sync.legacy.setup import (
     check_arguments,
@@ -35,6 +39,7 @@ from trl_sync.legacy.stats import stack_mini_batches
 from trl_sync.ppo.collectives import reduce_sum, together
 
 
+@refuses_newer_arguments
 class PPOTrainer(LearningMixin, GenerationMixin, SavingMixin):
     """PPO one batch at a time, as TRL's `PPOTrainer` up to version 0.11.
 
@@ -62,12 +67,7 @@ class PPOTrainer(LearningMixin, GenerationMixin, SavingMixin):
         lr_scheduler: LRScheduler | None = None,
         training_data_collator: Callable[..., Any] | None = None,
     ) -> None:
-        check_arguments(config, model, ref_model, tokenizer)
-        if lr_scheduler is not None and not isinstance(lr_scheduler, LRScheduler):
-            raise ConfigError(
-                "lr_scheduler must be a torch.optim.lr_scheduler.LRScheduler, got "
-                f"{type(lr_scheduler).__name__}."
-            )
+        check_arguments(config, model, ref_model, tokenizer, lr_scheduler)
         set_seed(config.seed)
         self.config: PPOConfig = config
         self.accelerator = make_accelerator(config)
@@ -81,15 +81,21 @@ class PPOTrainer(LearningMixin, GenerationMixin, SavingMixin):
         self.model = model
         self.ref_model = make_reference(self.accelerator, model, ref_model, num_shared_layers)
         self.data_collator = training_data_collator or RightPadding(tokenizer.pad_token_id)
-        if config.gradient_checkpointing:
-            model.gradient_checkpointing_enable()
-            model.enable_input_require_grads()
         dataloader = None
         if dataset is not None:
             dataloader = self.prepare_dataloader(dataset, data_collator)
+        self._prepare(model, optimizer, dataloader, lr_scheduler)
+        self._set_up_state()
+        self._start_trackers()
+
+    def _prepare(self, model: Any, optimizer: Any, dataloader: Any, lr_scheduler: Any) -> None:
+        """Model, optimizer, data loader and scheduler as they are used on this process."""
+        if self.config.gradient_checkpointing:
+            model.gradient_checkpointing_enable()
+            model.enable_input_require_grads()
         self.model_params = trainable(model)
         if optimizer is None:
-            optimizer = torch.optim.Adam(self.model_params, lr=config.learning_rate)
+            optimizer = torch.optim.Adam(self.model_params, lr=self.config.learning_rate)
         self.model, self.optimizer, self.dataloader, self.lr_scheduler = self.accelerator.prepare(
             model, optimizer, dataloader, lr_scheduler
         )
@@ -99,12 +105,12 @@ class PPOTrainer(LearningMixin, GenerationMixin, SavingMixin):
         self.optional_peft_ctx = (
             model.pretrained_model.disable_adapter if self.ref_model is None else nullcontext
         )
-        self._set_up_state()
-        self._start_trackers()
 
     def _set_up_state(self) -> None:
         """What lasts over steps."""
         config = self.config
+        # For functions of the user that carry these decorators.
+        PPODecorators.optimize_device_cache = config.optimize_device_cache
         self.kl_ctl: AdaptiveKLController | FixedKLController = (
             AdaptiveKLController(config.init_kl_coef, config.target, config.horizon)
             if config.adap_kl_ctrl
@@ -116,12 +122,14 @@ class PPOTrainer(LearningMixin, GenerationMixin, SavingMixin):
         self.highest_reward = -math.inf
 
     def __getattr__(self, name: str) -> Any:
-        if name in ("train", "evaluate", "save_model", "generate_completions"):
+        elsewhere = ("train", "evaluate", "save_model", "generate_completions")
+        if name in elsewhere and not hasattr(type(self), name):
             raise AttributeError(
                 f"The step API has no {name}(): call step() in a loop of your own, or use "
                 "trl_sync.PPOTrainer, which runs the loop."
             )
-        raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+        # Raises, with the error from inside a property if that is why this was called.
+        return object.__getattribute__(self, name)
 
     def _device(self) -> Any:
         return self.accelerator.device
@@ -176,17 +184,7 @@ class PPOTrainer(LearningMixin, GenerationMixin, SavingMixin):
         with _timed(timing, "optimize_step"):
             all_stats = self._optimize(batch)
         with _timed(timing, "calc_stats"):
-            measured = ("masks", "kls", "logprobs", "ref_logprobs", "non_score_reward")
-            stats = self.record_step_stats(
-                kl_coef=self.kl_ctl.value,
-                scores=score_tensor,
-                queries=queries,
-                responses=responses,
-                train_stats=stack_mini_batches(all_stats),
-                **{name: batch[name] for name in measured},
-            )
-            stats = convert_to_scalar(stats_to_np(self.gather_stats(stats)))
-        stats["ppo/learning_rate"] = self.optimizer.param_groups[0]["lr"]
+            stats = self._statistics(batch, score_tensor, all_stats)
         episodes = self.config.batch_size * self.accelerator.num_processes
         self.kl_ctl.update(stats["objective/kl"], episodes)
         if self.lr_scheduler is not None:
@@ -194,6 +192,20 @@ class PPOTrainer(LearningMixin, GenerationMixin, SavingMixin):
         self._free_device_cache()
         timing["time/ppo/total"] = time.perf_counter() - started_s
         return stats | timing
+
+    def _statistics(
+        self, batch: dict[str, Any], scores: Tensor, all_stats: list[dict[str, Tensor]]
+    ) -> dict[str, Any]:
+        """The statistics of a step over all processes, a collective."""
+        measured = ("masks", "kls", "logprobs", "ref_logprobs", "non_score_reward")
+        stats = self.record_step_stats(
+            kl_coef=self.kl_ctl.value,
+            scores=scores,
+            train_stats=stack_mini_batches(all_stats),
+            **{name: batch[name] for name in (*measured, "queries", "responses")},
+        )
+        stats = convert_to_scalar(stats_to_np(self.gather_stats(stats)))
+        return stats | {"ppo/learning_rate": self.optimizer.param_groups[0]["lr"]}
 
     def _step_safety_checker(
         self,
@@ -349,9 +361,8 @@ class PPOTrainer(LearningMixin, GenerationMixin, SavingMixin):
         )
 
     def _free_device_cache(self) -> None:
-        if self.config.optimize_device_cache and torch.accelerator.is_available():
-            gc.collect()
-            torch.accelerator.memory.empty_cache()
+        if self.config.optimize_device_cache:
+            free_device_cache()
 
 
 @contextmanager

@@ -39,11 +39,11 @@ _LOOP = _from(
 _KBIT = _from("trl_sync.ppo.compat", "get_kbit_device_map")
 _CORE = _from(
     "trl_sync.legacy.core",
-    *("LengthSampler", "clip_by_value", "entropy_from_logits", "flatten_dict"),
+    *("LengthSampler", "PPODecorators", "clip_by_value", "entropy_from_logits", "flatten_dict"),
     *("logprobs_from_logits", "respond_to_batch", "stack_dicts", "stats_to_np"),
     *("convert_to_scalar", "top_k_top_p_filtering", "whiten"),
+    *("WANDB_PADDING", "masked_mean", "masked_var", "masked_whiten"),
 )
-_MASKED = _from("trl_sync.ppo.compat", "masked_mean", "masked_var", "masked_whiten")
 _SEED = _from("transformers", "set_seed")
 
 _PPO_TRAINER = _TRAINER | _HELPERS | _LOOP
@@ -53,7 +53,7 @@ _MODEL_BASE = _from("trl_sync", "PreTrainedModelWrapper") | _from("trl", "create
 
 # Modules, with all their names; used where TRL has no module of that name.
 MODULES: dict[str, Names] = {
-    "trl.core": _CORE | _MASKED | _SEED,
+    "trl.core": _CORE | _SEED,
     "trl.experimental.ppo": _TRAINER | _VALUE_HEAD,
     "trl.experimental.ppo.modeling_value_head": _MODELS,
     "trl.experimental.ppo.ppo_config": _PPO_CONFIG,

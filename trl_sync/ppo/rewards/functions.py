@@ -158,7 +158,7 @@ def _required(function: RewardFunction) -> set[str]:
 
 def _entries(answer: Any, expected: int, name: str) -> list[Any]:
     """One entry per episode, in Python's own numbers and lists."""
-    rows = isinstance(answer, Iterable) and not isinstance(answer, (Mapping, str))
+    rows = isinstance(answer, Iterable) and not isinstance(answer, Mapping)
     if not rows or getattr(answer, "ndim", 1) == 0:
         raise RewardError(
             f"{name} returned {answer!r}: expected a list of {expected} numbers, one a completion."
