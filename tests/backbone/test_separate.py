@@ -32,15 +32,24 @@ CLOSE = {"rtol": 0.0, "atol": 2e-5}
 TEMPERATURE = 0.7
 
 
+class Head(nn.Module):
+    """The shape of TRL's value head."""
+
+    def __init__(self, hidden_size: int) -> None:
+        super().__init__()
+        self.summary = nn.Linear(hidden_size, 1)
+
+    def forward(self, states: Tensor) -> Tensor:
+        return self.summary(states)
+
+
 class ValueHeadModel(nn.Module):
     """The shape of TRL's value-head models: a causal LM and a `v_head` with a `summary` layer."""
 
     def __init__(self, model: Any) -> None:
         super().__init__()
         self.pretrained_model = model
-        self.v_head = nn.Module()
-        self.v_head.summary = nn.Linear(model.config.hidden_size, 1)
-        self.v_head.forward = self.v_head.summary.forward  # type: ignore[method-assign]
+        self.v_head = Head(model.config.hidden_size)
 
 
 def expected_statistics(model: Any) -> tuple[Tensor, Tensor]:
