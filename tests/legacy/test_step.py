@@ -243,6 +243,13 @@ def test_max_grad_norm_clips() -> None:
     assert 1e-4 < norms[1] < 2.001e-3
 
 
+def counted_updates(trainer: Any) -> list[int]:
+    """A list that grows with every step of the optimizer."""
+    updates: list[int] = []
+    trainer.optimizer.optimizer.register_step_post_hook(lambda *_: updates.append(1))
+    return updates
+
+
 def test_accumulated_mini_batches_are_one_update() -> None:
     """The mean of the mini-batches' gradients: TRL issues 321, 583 and 648."""
     seen: dict[int, int] = {}
@@ -251,8 +258,7 @@ def test_accumulated_mini_batches_are_one_update() -> None:
             step_loops.config(gradient_accumulation_steps=accumulated, ppo_epochs=2),
             learning_rate=0.05,
         )
-        updates = []
-        trainer.optimizer.optimizer.register_step_post_hook(lambda *_: updates.append(1))  # noqa: B023
+        updates = counted_updates(trainer)
         trainer.step(*step_loops.episodes(0))
         seen[accumulated] = len(updates)
     assert seen == {1: 4, 2: 2}
@@ -263,8 +269,7 @@ def test_accumulation_does_not_depend_on_the_data_loader() -> None:
     rows = Dataset.from_dict({"query": ["a"] * 8})
     settings = step_loops.config(gradient_accumulation_steps=2, ppo_epochs=1)
     trainer = step_loops.trainer(settings, learning_rate=0.05, dataset=rows)
-    updates = []
-    trainer.optimizer.optimizer.register_step_post_hook(lambda *_: updates.append(1))
+    updates = counted_updates(trainer)
     for _ in trainer.dataloader:
         trainer.step(*step_loops.episodes(0))
     assert len(updates) == 1

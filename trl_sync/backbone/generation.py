@@ -6,7 +6,8 @@ import contextlib
 from collections.abc import Iterator
 from typing import Any
 
-from torch import nn
+from jaxtyping import Bool, Int
+from torch import Tensor, nn
 from transformers import GenerationConfig
 
 
@@ -30,3 +31,21 @@ def own_generation_config(model: Any, config: GenerationConfig) -> Iterator[None
         yield
     finally:
         model.generation_config = previous
+
+
+def continue_prompts(
+    model: Any,
+    input_ids: Int[Tensor, "B P"],
+    attention_mask: Bool[Tensor, "B P"],
+    config: GenerationConfig,
+    **kwargs: Any,
+) -> Int[Tensor, "B T"]:
+    """Prompts, padded on the left, with a continuation of `model` exactly as `config` says."""
+    with own_generation_config(model, config):
+        generated: Tensor = model.generate(
+            # Padding ids may lie outside the embedding (a pad token added without resizing).
+            input_ids=input_ids.masked_fill(~attention_mask.bool(), 0),
+            attention_mask=attention_mask.long(),
+            **kwargs,
+        )
+    return generated

@@ -29,7 +29,7 @@ from trl_sync.backbone.checkpointing import (
     train_checkpointed_layers,
 )
 from trl_sync.backbone.fingerprint import base_tensors
-from trl_sync.backbone.generation import evaluation_mode, own_generation_config
+from trl_sync.backbone.generation import continue_prompts, evaluation_mode
 from trl_sync.backbone.logprob import (
     CHUNK_BYTES,
     CausalHead,
@@ -221,16 +221,8 @@ class SeparateModels(OldCheckpointingNames, nn.Module):
 
         Runs in evaluation mode, and nothing is inherited from the model's own generation config.
         """
-        with (
-            evaluation_mode(self),
-            self._language_model(role) as model,
-            own_generation_config(model, generation_config),
-        ):
-            return model.generate(
-                input_ids=input_ids.masked_fill(~attention_mask.bool(), 0),
-                attention_mask=attention_mask.long(),
-                **kwargs,
-            )
+        with evaluation_mode(self), self._language_model(role) as model:
+            return continue_prompts(model, input_ids, attention_mask, generation_config, **kwargs)
 
     def role_parameters(self, role: str) -> Iterator[tuple[str, nn.Parameter]]:
         """The named parameters that train for `role`; for the reference, those of its model."""

@@ -20,7 +20,7 @@ from trl_sync.backbone.checkpointing import (
     train_checkpointed_layers,
 )
 from trl_sync.backbone.fingerprint import base_tensors, fingerprint_of
-from trl_sync.backbone.generation import evaluation_mode, own_generation_config
+from trl_sync.backbone.generation import continue_prompts, evaluation_mode
 from trl_sync.backbone.logprob import CHUNK_BYTES, CausalHead, chunked_token_statistics
 from trl_sync.backbone.passes import model_inputs, on_response, trunk_of
 from trl_sync.backbone.quantization import check_not_repacked, keep_packed_weights
@@ -262,16 +262,9 @@ class SharedBackbone(OldCheckpointingNames, nn.Module):
         """
         if role not in (POLICY, REFERENCE):
             raise ConfigError(f"role={role!r} has no language model: use 'policy' or 'reference'.")
-        with (
-            evaluation_mode(self),
-            self.router.routes(self.roles[role].adapter),
-            own_generation_config(self.causal_model, generation_config),
-        ):
-            return self.causal_model.generate(
-                input_ids=input_ids.masked_fill(~attention_mask.bool(), 0),
-                attention_mask=attention_mask.long(),
-                **kwargs,
-            )
+        model = self.causal_model
+        with evaluation_mode(self), self.router.routes(self.roles[role].adapter):
+            return continue_prompts(model, input_ids, attention_mask, generation_config, **kwargs)
 
     def role_parameters(self, role: str) -> Iterator[tuple[str, nn.Parameter]]:
         """The named parameters that belong to `role` alone: its adapter, and its own head."""
