@@ -8,7 +8,7 @@ import queue
 import socket
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 from unittest import mock
 
@@ -18,11 +18,16 @@ class RankError(AssertionError):
 
 
 def run_on_ranks(
-    function: Callable[..., Any], *args: Any, num_ranks: int = 2, deadline_s: float = 120
+    function: Callable[..., Any],
+    *args: Any,
+    num_ranks: int = 2,
+    deadline_s: float = 120,
+    environment: Mapping[str, str] | None = None,
 ) -> list[Any]:
     """What `function(*args)` returned on each rank, by rank; it must be importable.
 
-    The processes find the environment that `accelerate launch` makes for CPU ranks.
+    The processes find the environment that `accelerate launch` makes for CPU ranks; `environment`
+    replaces the part of it that chooses the engine.
 
     Raises:
         RankError: a rank raised, exited with another code than 0, or ran past the deadline.
@@ -34,7 +39,7 @@ def run_on_ranks(
     for rank in range(num_ranks):
         process = context.Process(target=_serve, args=(function, args, rank, answers))
         # Libraries read these when they are imported, so a rank must be born with them.
-        with mock.patch.dict(os.environ, _launcher_environment(rank, num_ranks, port)):
+        with mock.patch.dict(os.environ, _launcher_environment(rank, num_ranks, port, environment)):
             process.start()
         processes.append(process)
     try:
@@ -68,7 +73,10 @@ def _collect(answers: Any, processes: list[Any], deadline: float) -> dict[int, t
     return results
 
 
-def _launcher_environment(rank: int, num_ranks: int, port: int) -> dict[str, str]:
+def _launcher_environment(
+    rank: int, num_ranks: int, port: int, engine: Mapping[str, str] | None
+) -> dict[str, str]:
+    engine = {"ACCELERATE_USE_CPU": "true"} if engine is None else engine
     return {
         "RANK": str(rank),
         "LOCAL_RANK": str(rank),
@@ -76,8 +84,8 @@ def _launcher_environment(rank: int, num_ranks: int, port: int) -> dict[str, str
         "LOCAL_WORLD_SIZE": str(num_ranks),
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(port),
-        "ACCELERATE_USE_CPU": "true",
         "OMP_NUM_THREADS": "1",
+        **engine,
     }
 
 

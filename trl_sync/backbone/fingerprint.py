@@ -19,13 +19,30 @@ def base_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     """
     for name, tensor in (*model.named_parameters(), *quantization_tensors(model)):
         if "lora_" not in name:
-            yield name.replace(".base_layer", ""), tensor
+            yield name.replace(".base_layer", ""), _packed_bytes(tensor)
     for prefix, module in model.named_modules():
         for name, buffer in module.named_buffers(prefix, recurse=False):
             # What is computed rather than loaded, such as rotary frequencies, differs by device.
             computed = name.rpartition(".")[2] in module._non_persistent_buffers_set
             if not computed and "lora_" not in name:
                 yield name.replace(".base_layer", ""), buffer
+
+
+def _packed_bytes(tensor: Tensor) -> Tensor:
+    """4-bit weights as bytes, [n, 1]: whatever type they are stored in, they are the same base."""
+    if getattr(tensor, "quant_state", None) is None:
+        return tensor
+    return tensor.detach().contiguous().view(torch.uint8).view(-1, 1)
+
+
+def state_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Every tensor of `model`, adapters and heads included, by its name in `model`."""
+    yield from model.named_parameters()
+    yield from quantization_tensors(model)
+    for prefix, module in model.named_modules():
+        for name, buffer in module.named_buffers(prefix, recurse=False):
+            if name.rpartition(".")[2] not in module._non_persistent_buffers_set:
+                yield name, buffer
 
 
 def fingerprint(model: nn.Module) -> str:

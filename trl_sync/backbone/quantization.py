@@ -48,6 +48,24 @@ def check_not_repacked(model: nn.Module) -> None:
             )
 
 
+def store_packed_as(model: nn.Module, dtype: torch.dtype) -> None:
+    """The packed 4-bit weights of `model` as elements of `dtype`; their bytes stay as they are.
+
+    Weights whose bytes do not fill whole elements keep the type they have. Checked on bitsandbytes
+    0.50.2, which reads bytes whatever `bnb_4bit_quant_storage` says.
+    """
+    for module in model.modules():
+        weight: Any = getattr(module, "weight", None)
+        if getattr(weight, "quant_state", None) is None:
+            continue
+        packed = weight.data.contiguous().view(-1).view(torch.uint8)
+        if packed.numel() % dtype.itemsize == 0:
+            weight.data = packed.view(dtype).view(-1, 1)
+            weight.quant_storage = dtype
+            if hasattr(module, "quant_storage"):
+                module.quant_storage = dtype
+
+
 def _layers_4bit(model: nn.Module) -> Iterator[tuple[str, Any]]:
     for name, module in model.named_modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):

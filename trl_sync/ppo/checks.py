@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-import os
 import tempfile
 from pathlib import Path
 from typing import Any
 
 from trl_sync.errors import ConfigError
 from trl_sync.ppo.config import PPOConfig, launched_processes
+from trl_sync.ppo.engines import check_engine_settings
 from trl_sync.ppo.rollout import Sampling
 
 # Fields of TrainingArguments about batches that PPO makes by itself.
@@ -22,12 +22,6 @@ _WITHOUT_EFFECT = (
 
 def _default(name: str) -> Any:
     return next(field.default for field in dataclasses.fields(PPOConfig) if field.name == name)
-
-
-def _engine_of_the_launcher() -> bool:
-    """Whether `accelerate launch` was told to use DeepSpeed or FSDP."""
-    names = ("ACCELERATE_USE_DEEPSPEED", "ACCELERATE_USE_FSDP")
-    return any(os.environ.get(name, "false").lower() in ("1", "true") for name in names)
 
 
 def check_settings(args: Any) -> None:
@@ -46,6 +40,7 @@ def check_settings(args: Any) -> None:
             f"{args.world_size}: each would train alone. Make PPOConfig before anything else uses "
             "accelerate, and on a CPU set use_cpu=True."
         )
+    check_engine_settings(args)
     refused = {
         "use_vllm": "rollouts use transformers' generate. Set use_vllm=False",
         "torch_compile": "it would trace the adapter routing once and keep it. Set it to False",
@@ -68,11 +63,6 @@ def check_settings(args: Any) -> None:
                 f"{name}={getattr(args, name)!r} has no effect on PPO, which makes its batches "
                 "from rollouts: leave it unset."
             )
-    if args.deepspeed or args.fsdp or _engine_of_the_launcher():
-        raise ConfigError(
-            "DeepSpeed and FSDP are not supported yet: their shards would be saved in part. Use "
-            "several processes without them (DDP), with a 4-bit base."
-        )
     if args.device.type == "mps":
         raise ConfigError("Apple GPUs have no 64-bit floats, which PPO sums in: set use_cpu=True.")
     if args.n_gpu > 1:

@@ -7,14 +7,9 @@ from typing import TypeVar
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import broadcast, gather_object
-from torch import Tensor, nn
-from transformers.utils import logging
+from torch import Tensor
 
-from trl_sync.backbone.fingerprint import base_tensors, fingerprint_of
-from trl_sync.errors import ConfigError, RewardError
-
-logger = logging.get_logger(__name__)
+from trl_sync.errors import RewardError
 
 Result = TypeVar("Result")
 
@@ -50,42 +45,3 @@ def together(accelerator: Accelerator, work: Callable[[], Result]) -> Result:
             "Stopping too."
         )
     return result  # type: ignore[return-value]
-
-
-def share_frozen(accelerator: Accelerator, model: nn.Module, name: str) -> None:
-    """Gives every process rank 0's `model`, if they differ. A collective.
-
-    Engines send what they wrap to all processes; a frozen model outside keeps what each process
-    loaded, and a head that was missing in a checkpoint is drawn anew by each.
-
-    Raises:
-        ConfigError: the models have different tensors, on every process.
-    """
-    if accelerator.num_processes == 1:
-        return
-    if _same_everywhere(model):
-        return
-    shapes = str([(key, tensor.shape, tensor.dtype) for key, tensor in _all_tensors(model)])
-    if len(set(gather_object([shapes]))) == 1:
-        logger.warning(
-            f"The {name} differs between processes: all of them get that of rank 0. Was a part of "
-            "it drawn at random, such as a score head that its checkpoint does not hold?"
-        )
-        for _, tensor in _all_tensors(model):
-            broadcast(tensor.data, from_process=0)
-        if _same_everywhere(model):
-            return
-    raise ConfigError(
-        f"The {name} has other tensors on some processes than on rank 0: load the same model "
-        "everywhere."
-    )
-
-
-def _same_everywhere(model: nn.Module) -> bool:
-    return len(set(gather_object([fingerprint_of(_all_tensors(model))]))) == 1
-
-
-def _all_tensors(model: nn.Module) -> list[tuple[str, Tensor]]:
-    """Parameters, adapters among them, buffers and quantization state, in one order everywhere."""
-    tensors = dict(base_tensors(model)) | dict(model.named_parameters())
-    return sorted(tensors.items())

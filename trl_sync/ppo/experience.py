@@ -6,9 +6,11 @@ micro-batches of `num_ppo_epochs x num_mini_batches` optimizer updates.
 
 from __future__ import annotations
 
+import contextlib
 import math
 import time
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from typing import Any
 
 import numpy as np
@@ -47,7 +49,7 @@ class ExperienceLoader:
     `kl_control` are all the state a resumed run needs. `first_iteration` tells, at the beginning of
     an epoch, how many of the epoch's iterations are done. `updates_done` counts the updates of the
     whole run, with those that were skipped: where it has passed the end of an iteration, the next
-    one begins.
+    one begins. Rollout and scoring run inside `gathered()`.
     """
 
     def __init__(
@@ -65,8 +67,10 @@ class ExperienceLoader:
         first_iteration: Callable[[], int],
         updates_done: Callable[[], int],
         on_metrics: Callable[[Metrics], None],
+        gathered: Callable[[], AbstractContextManager[Any]] = contextlib.nullcontext,
     ) -> None:
         self.dataset = prompts
+        self._gathered = gathered
         self._config = config
         self._plan = plan
         self._model = model
@@ -101,10 +105,11 @@ class ExperienceLoader:
         started_s = time.perf_counter()
         rank, ranks = self._accelerator.process_index, self._plan.world_size
         self._model.eval()
-        with seeded(self._accelerator.device, self._config.seed, _SAMPLING, iteration, rank):
-            rollout = together(self._accelerator, lambda: self._roll_out(indices[rank::ranks]))
-        rolled_out_s = time.perf_counter()
-        scored = together(self._accelerator, lambda: self._score(rollout))
+        with self._gathered():
+            with seeded(self._accelerator.device, self._config.seed, _SAMPLING, iteration, rank):
+                rollout = together(self._accelerator, lambda: self._roll_out(indices[rank::ranks]))
+            rolled_out_s = time.perf_counter()
+            scored = together(self._accelerator, lambda: self._score(rollout))
         if self._config.use_score_scaling:
             self._score_moments.update(scored.scores, self._reduce_sum)
         scored = shape_scores(scored, self._config, self._score_moments)

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from transformers import (
 )
 from transformers.trainer_callback import ProgressCallback
 from transformers.trainer_utils import EvalLoopOutput
+from transformers.utils import logging
 
 from trl_sync.backbone.roles import POLICY, VALUE, check_frozen
 from trl_sync.backbone.shared import SharedBackbone
@@ -31,11 +33,22 @@ from trl_sync.ppo.checks import (
     check_settings,
     check_stop_tokens,
 )
-from trl_sync.ppo.collectives import reduce_sum, share_frozen
+from trl_sync.ppo.collectives import reduce_sum
 from trl_sync.ppo.completions import answer_prompts, log_completions
 from trl_sync.ppo.config import BatchPlan, PPOConfig
+from trl_sync.ppo.engines import (
+    check_active_engine,
+    check_loaded_whole,
+    engine_of,
+    full_size_bytes,
+    gathered,
+    is_prepared,
+    make_shardable,
+    place,
+)
 from trl_sync.ppo.evaluation import EvaluationLoader, evaluate_prompts
 from trl_sync.ppo.experience import EVALUATION, ExperienceLoader
+from trl_sync.ppo.initial_state import share_initial_state
 from trl_sync.ppo.kl_control import KLControl
 from trl_sync.ppo.loss import ppo_loss
 from trl_sync.ppo.metrics import MetricBuffer
@@ -54,6 +67,8 @@ from trl_sync.ppo.rollout import Sampling, seeded
 from trl_sync.ppo.trl_attributes import TrlAttributes
 from trl_sync.ppo.updates import UpdateCallback, check_optimizers, check_warmup, split_off
 from trl_sync.renames import accepts_old_arguments
+
+logger = logging.get_logger(__name__)
 
 
 @accepts_old_arguments
@@ -168,8 +183,12 @@ class PPOTrainer(TrlAttributes, ModelCardMixin, CheckpointMixin):
             # (which is never called: `compute_loss` is), and accelerate divides it once more.
             self.compute_loss_func = self.compute_loss
             self.accelerator.gradient_accumulation_steps = 1
-        for name, frozen in reward_modules(rewards).items():
-            share_frozen(self.accelerator, frozen, name)
+        check_active_engine(args, self.accelerator)
+        self.engine = engine_of(self.accelerator)
+        check_loaded_whole({"model": models, **reward_modules(rewards)})
+        make_shardable(self.accelerator, models)
+        self._gathered_bytes: int | None = None
+        share_initial_state(self.accelerator, models, reward_modules(rewards))
         self.metrics = MetricBuffer(lambda tensor: reduce_sum(self.accelerator, tensor))
         self._set_up_callbacks()
 
@@ -199,6 +218,7 @@ class PPOTrainer(TrlAttributes, ModelCardMixin, CheckpointMixin):
             first_iteration=self._iterations_done_in_epoch,
             updates_done=lambda: self.state.global_step,
             on_metrics=self.metrics.add_rollout,
+            gathered=self.gathered,
         )
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> EvaluationLoader:
@@ -230,9 +250,7 @@ class PPOTrainer(TrlAttributes, ModelCardMixin, CheckpointMixin):
 
         The same prompts get the same random numbers at every evaluation.
         """
-        self.backbone.eval()
-        device, rank = self.accelerator.device, self.accelerator.process_index
-        with seeded(device, self.args.seed, EVALUATION, rank), self.accelerator.autocast():
+        with self._answering():
             metrics = evaluate_prompts(
                 self.backbone,
                 dataloader,
@@ -334,9 +352,7 @@ class PPOTrainer(TrlAttributes, ModelCardMixin, CheckpointMixin):
         """
         sampling = dataclasses.replace(self.sampling, greedy=greedy)
         loader = self.get_eval_dataloader(eval_dataset)
-        self.backbone.eval()
-        device, rank = self.accelerator.device, self.accelerator.process_index
-        with seeded(device, self.args.seed, EVALUATION, rank), self.accelerator.autocast():
+        with self._answering():
             return answer_prompts(
                 self.backbone,
                 loader,
@@ -369,6 +385,42 @@ class PPOTrainer(TrlAttributes, ModelCardMixin, CheckpointMixin):
                     report_to=self.args.report_to,
                     callbacks=self.callback_handler.callbacks,
                 )
+
+    @contextlib.contextmanager
+    def gathered(self) -> Iterator[None]:
+        """Within the block every parameter is whole on this process. Every process must enter it.
+
+        Under ZeRO-3 and FSDP2 that is a gather of all parameters; elsewhere nothing happens. What
+        generates or reads weights by hand belongs inside; what is written to parameters there is
+        lost under these engines.
+        """
+        if self.engine.shards_parameters:
+            self._announce_gather()
+        with gathered(self.backbone, self.model_wrapped, self.engine):
+            yield
+
+    @contextlib.contextmanager
+    def _answering(self) -> Iterator[None]:
+        """As a rollout runs, with the random numbers of evaluations."""
+        self.backbone.eval()
+        device, rank = self.accelerator.device, self.accelerator.process_index
+        if self.engine.places_model and not is_prepared(self.backbone, self.model_wrapped):
+            place(self.backbone, device)
+        with (
+            self.gathered(),
+            seeded(device, self.args.seed, EVALUATION, rank),
+            self.accelerator.autocast(),
+        ):
+            yield
+
+    def _announce_gather(self) -> None:
+        """Says once how much memory a gather takes."""
+        if self._gathered_bytes is None:
+            self._gathered_bytes = full_size_bytes(self.backbone)
+            logger.info(
+                f"{self.engine.value} gathers all parameters, {self._gathered_bytes:,} bytes on "
+                "each process, once for every rollout, evaluation and save."
+            )
 
     def _stateful(self) -> dict[str, Any]:
         parts: dict[str, Any] = {}
