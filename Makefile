@@ -6,15 +6,23 @@ INSTALLED := $(VENV)/.installed
 # What a quick run leaves out: slow tests, several processes, comparisons with another TRL.
 FAST := not slow and not ranks and not oracle
 
-.PHONY: demo test test-fast test-floor lint format clean
+.PHONY: demo test test-fast test-floor engines engines-short lint format clean
 
 # PPO on one shared 4-bit base, from nothing: builds a small task, solves it, shows before and after.
 demo: $(INSTALLED)
 	$(BIN)/accelerate launch --num_processes 1 --num_machines 1 --mixed_precision no \
 		--dynamo_backend no recipes/ppo.py
 
+# All but the tests of the engines, which have commands of their own.
 test: $(INSTALLED) .oracle/trl
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -m "not engines"
+
+# PPO and the audit under DDP, ZeRO-1/2/3, FSDP2 and HSDP on CPU ranks; ends with a table.
+engines: $(VENV)/.deepspeed
+	$(BIN)/python -m pytest -m engines
+
+engines-short: $(VENV)/.deepspeed
+	$(BIN)/python -m pytest -m "engines and not slow"
 
 test-fast: $(INSTALLED)
 	$(BIN)/python -m pytest -m "$(FAST)"
@@ -39,6 +47,12 @@ format: $(INSTALLED)
 $(INSTALLED): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	touch $@
+
+# Without its compiled operators, which it builds where they are used.
+$(VENV)/.deepspeed: $(INSTALLED)
+	$(BIN)/pip install --quiet --constraint constraints.txt setuptools wheel ninja py-cpuinfo hjson msgpack
+	DS_BUILD_OPS=0 $(BIN)/pip install --quiet --constraint constraints.txt --no-build-isolation deepspeed
 	touch $@
 
 # The last TRL with a PPOTrainer, to compare with; beside the installed one, never imported with it.

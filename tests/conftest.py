@@ -15,4 +15,4 @@ import jaxtyping
 # Before trl_sync is imported.
 jaxtyping.install_import_hook("trl_sync", "typecheck.checked")
 
-pytest_plugins = ["gate"]
+pytest_plugins = ["gate", "engine_table"]

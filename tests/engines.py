@@ -79,6 +79,17 @@ def bring_up(engine: str) -> None:
         PartialState()
 
 
+def start_anew(engine: str) -> None:
+    """Lets a second trainer be made in this process, as a new process would."""
+    from accelerate.state import AcceleratorState, GradientState
+    from transformers.integrations.deepspeed import unset_hf_deepspeed_config
+
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
+    unset_hf_deepspeed_config()
+    bring_up(engine)
+
+
 def _gloo(kind: Any) -> Callable[..., tuple[str, Any]]:
     def prepare_backend(*args: Any, **kwargs: Any) -> tuple[str, Any]:
         return "gloo", kind

@@ -11,12 +11,12 @@ import copy
 from pathlib import Path
 
 import torch
-from peft import PeftConfig, get_peft_model_state_dict, set_peft_model_state_dict
+from peft import PeftConfig, get_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from trl_sync.backbone.model_files import ADAPTER_WEIGHTS as ADAPTER_WEIGHTS
-from trl_sync.backbone.model_files import load_weights, save_weights
+from trl_sync.backbone.model_files import assign, load_weights, save_weights, whole
 from trl_sync.backbone.roles import POLICY, VALUE
 from trl_sync.backbone.separate import SeparateModels
 from trl_sync.backbone.shared import SharedBackbone
@@ -26,13 +26,19 @@ VALUE_FOLDER = "value"
 VALUE_HEAD = "value_head.safetensors"
 
 
-def save_models(models: SharedBackbone | SeparateModels, folder: Path) -> list[str]:
-    """Writes policy and value model; returns the files with weights, relative to `folder`."""
+def save_models(
+    models: SharedBackbone | SeparateModels, folder: Path, *, writes: bool = True
+) -> list[str]:
+    """Writes policy and value model; returns the files with weights, relative to `folder`.
+
+    Of models that FSDP2 shards a collective: then `writes` is True on the process that writes.
+    """
     if isinstance(models, SeparateModels):
-        of_policy = save_weights(models.policy, folder)
-        of_value = save_weights(models.value_model, folder / VALUE_FOLDER)
+        of_policy = save_weights(models.policy, folder, writes=writes)
+        of_value = save_weights(models.value_model, folder / VALUE_FOLDER, writes=writes)
         return [*of_policy, *(f"{VALUE_FOLDER}/{name}" for name in of_value)]
-    save_adapters(models, folder)
+    save_policy(models, folder, writes=writes)
+    save_value(models, folder / VALUE_FOLDER, writes=writes)
     return [ADAPTER_WEIGHTS, f"{VALUE_FOLDER}/{ADAPTER_WEIGHTS}", f"{VALUE_FOLDER}/{VALUE_HEAD}"]
 
 
@@ -68,21 +74,27 @@ def load_adapters(backbone: SharedBackbone, folder: Path) -> None:
     _check(policy, adapter_state(backbone, POLICY), folder / ADAPTER_WEIGHTS)
     _check(value, adapter_state(backbone, VALUE), folder / VALUE_FOLDER / ADAPTER_WEIGHTS)
     _check(head, backbone.value_head.state_dict(), folder / VALUE_FOLDER / VALUE_HEAD)
-    set_peft_model_state_dict(backbone.peft_model, policy, adapter_name=POLICY)
-    set_peft_model_state_dict(backbone.peft_model, value, adapter_name=VALUE)
-    backbone.value_head.load_state_dict(head)
+    for own, found in (
+        (adapter_state(backbone, POLICY), policy),
+        (adapter_state(backbone, VALUE), value),
+        (backbone.value_head.state_dict(), head),
+    ):
+        for name, tensor in own.items():
+            assign(tensor, found[name])
 
 
-def save_policy(backbone: SharedBackbone, folder: Path) -> None:
+def save_policy(backbone: SharedBackbone, folder: Path, *, writes: bool = True) -> None:
     """Writes `adapter_config.json` and `adapter_model.safetensors` of the policy."""
-    _save_adapter(backbone, POLICY, folder)
+    _save_adapter(backbone, POLICY, folder, writes=writes)
 
 
-def save_value(backbone: SharedBackbone, folder: Path) -> None:
+def save_value(backbone: SharedBackbone, folder: Path, *, writes: bool = True) -> None:
     """Writes the value adapter in PEFT's layout, and `value_head.safetensors` beside it."""
-    _save_adapter(backbone, VALUE, folder)
-    head = {name: tensor.contiguous() for name, tensor in backbone.value_head.state_dict().items()}
-    save_file(head, folder / VALUE_HEAD)
+    _save_adapter(backbone, VALUE, folder, writes=writes)
+    state = backbone.value_head.state_dict()
+    head = {name: whole(tensor, keep=writes) for name, tensor in state.items()}
+    if writes:
+        save_file(head, folder / VALUE_HEAD)
 
 
 def adapter_state(backbone: SharedBackbone, adapter: str) -> dict[str, Tensor]:
@@ -94,10 +106,12 @@ def adapter_state(backbone: SharedBackbone, adapter: str) -> dict[str, Tensor]:
     return state
 
 
-def _save_adapter(backbone: SharedBackbone, adapter: str, folder: Path) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
+def _save_adapter(backbone: SharedBackbone, adapter: str, folder: Path, *, writes: bool) -> None:
     state = adapter_state(backbone, adapter)
-    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
+    tensors = {name: whole(tensor, keep=writes) for name, tensor in state.items()}
+    if not writes:
+        return
+    folder.mkdir(parents=True, exist_ok=True)
     save_file(tensors, folder / ADAPTER_WEIGHTS, metadata={"format": "pt"})
     config: PeftConfig = copy.deepcopy(backbone.peft_model.peft_config[adapter])
     config.base_model_name_or_path = backbone.causal_model.config._name_or_path

@@ -28,6 +28,7 @@ from trl_sync.backbone.adapter_files import (
     score_tensors,
 )
 from trl_sync.backbone.export import ADAPTER_WEIGHTS, adapter_state
+from trl_sync.backbone.partitioned import loaded_whole
 from trl_sync.backbone.quantization import keep_packed_weights
 from trl_sync.backbone.roles import POLICY, REFERENCE, VALUE, freeze
 from trl_sync.backbone.routing import set_adapter_trainable
@@ -58,15 +59,17 @@ def load_base(
         ConfigError: the quantization does not work on this device.
     """
     if quantization_config is None:
-        return auto_class.from_pretrained(model_name_or_path, **options)
+        with loaded_whole():
+            return auto_class.from_pretrained(model_name_or_path, **options)
     device = PartialState().device
     try:
-        model = auto_class.from_pretrained(
-            model_name_or_path,
-            quantization_config=quantization_config,
-            device_map={"": device},
-            **options,
-        )
+        with loaded_whole():
+            model = auto_class.from_pretrained(
+                model_name_or_path,
+                quantization_config=quantization_config,
+                device_map={"": device},
+                **options,
+            )
     except torch.OutOfMemoryError:
         raise
     except (ImportError, RuntimeError, NotImplementedError) as error:

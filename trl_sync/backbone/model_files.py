@@ -8,10 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
+from peft import PeftModel, get_peft_model_state_dict
 from safetensors import SafetensorError
 from safetensors.torch import load_file, load_model, save_file, save_model
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, distribute_tensor
 from transformers import PreTrainedModel
 
 from trl_sync.errors import CheckpointError
@@ -21,25 +22,34 @@ TRAINED_WEIGHTS = "trained_parameters.safetensors"
 MODULE_WEIGHTS = "module.safetensors"
 
 
-def save_weights(model: Any, folder: Path) -> list[str]:
+def save_weights(model: Any, folder: Path, *, writes: bool = True) -> list[str]:
     """Writes `model` into `folder` and returns the names of the files that hold its weights.
 
     A PEFT model and a whole transformers model are written as `save_pretrained` does; of a
     quantized model without adapters only what trains; of another module its state.
+
+    Of a model that FSDP2 shards a collective: then `writes` is True on the process that writes.
     """
+    state = _whole_state(model, keep=writes)
+    if not writes:
+        return []
     folder.mkdir(parents=True, exist_ok=True)
     if isinstance(model, PeftModel):
         # The adapter that trains, and not the reference. "auto" would ask the model hub whether the
         # vocabulary was resized.
         adapters = [model.active_adapter]
-        model.save_pretrained(str(folder), save_embedding_layers=False, selected_adapters=adapters)
+        model.save_pretrained(
+            str(folder), save_embedding_layers=False, selected_adapters=adapters, state_dict=state
+        )
         return [str(_adapter_file(model, folder).relative_to(folder))]
     if getattr(model, "is_quantized", False):
-        save_file(_trained(model), folder / TRAINED_WEIGHTS)
+        save_file(_trained(model) if state is None else state, folder / TRAINED_WEIGHTS)
         model.config.save_pretrained(str(folder))
     elif isinstance(model, PreTrainedModel):
         with loadable_padding(model):
-            model.save_pretrained(str(folder))
+            model.save_pretrained(str(folder), state_dict=state)
+    elif state is not None:
+        save_file(state, folder / MODULE_WEIGHTS)
     else:
         save_model(model, str(folder / MODULE_WEIGHTS))
     return sorted(file.name for file in folder.glob("*.safetensors*"))
@@ -61,18 +71,49 @@ def load_weights(model: Any, folder: Path) -> None:
             # with it, in fp32, is exact for every dtype.
             saved = type(model).from_pretrained(str(folder), dtype=torch.float32)
             _copy(model.state_dict(), saved.state_dict(), folder)
+        elif any(isinstance(parameter, DTensor) for parameter in model.parameters()):
+            _copy(model.state_dict(), load_file(folder / MODULE_WEIGHTS), folder)
         else:
             load_model(model, str(folder / MODULE_WEIGHTS))
     except (OSError, SafetensorError) as error:
         raise CheckpointError(f"{folder} cannot be read: {error}") from error
 
 
+def whole(tensor: Tensor, *, keep: bool = True) -> Tensor:
+    """`tensor` in one piece on the CPU; empty unless `keep`. Of a sharded one a collective."""
+    if isinstance(tensor, DTensor):
+        tensor = tensor.full_tensor()
+    return tensor.detach().cpu().contiguous() if keep else torch.empty(0)
+
+
+@torch.no_grad()
+def assign(own: Tensor, value: Tensor) -> None:
+    """Copies `value` into `own`; of a sharded one each rank takes its shard, a collective."""
+    if isinstance(own, DTensor):
+        value = value.to(own.device_mesh.device_type)
+        own.copy_(distribute_tensor(value, own.device_mesh, own.placements))
+    else:
+        own.copy_(value)
+
+
+def _whole_state(model: nn.Module, *, keep: bool) -> dict[str, Tensor] | None:
+    """What `save_weights` writes of a sharded model, in one piece; None of one that is whole."""
+    if not any(isinstance(parameter, DTensor) for parameter in model.parameters()):
+        return None
+    trained = {name for name, p in model.named_parameters() if p.requires_grad}
+    everything = not isinstance(model, PeftModel) and not getattr(model, "is_quantized", False)
+    return {
+        name: whole(tensor, keep=keep)
+        for name, tensor in model.state_dict().items()
+        if everything or name in trained
+    }
+
+
 def _load_adapter(model: PeftModel, file: Path) -> None:
     found = load_file(file)
     name = model.active_adapter
     own = get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False)
-    _check_shapes(own, found, file)
-    set_peft_model_state_dict(model, found, adapter_name=name)
+    _copy(own, found, file)
 
 
 def _adapter_file(model: PeftModel, folder: Path) -> Path:
@@ -106,7 +147,7 @@ def _trained(model: nn.Module) -> dict[str, Tensor]:
 def _copy(own: dict[str, Tensor], found: dict[str, Tensor], folder: Path) -> None:
     _check_shapes(own, found, folder)
     for name, tensor in own.items():
-        tensor.copy_(found[name])
+        assign(tensor, found[name])
 
 
 def _check_shapes(own: dict[str, Tensor], found: dict[str, Tensor], place: Path) -> None:

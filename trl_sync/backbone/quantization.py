@@ -63,7 +63,7 @@ def store_packed_as(model: nn.Module, dtype: torch.dtype) -> None:
             weight.data = packed.view(dtype).view(-1, 1)
             weight.quant_storage = dtype
             if hasattr(module, "quant_storage"):
-                module.quant_storage = dtype
+                vars(module)["quant_storage"] = dtype
 
 
 def _layers_4bit(model: nn.Module) -> Iterator[tuple[str, Any]]:

@@ -37,6 +37,7 @@ from trl_sync.backbone.logprob import (
     knows_head,
     token_statistics,
 )
+from trl_sync.backbone.partitioned import make_whole
 from trl_sync.backbone.passes import model_inputs, on_response, trunk_of
 from trl_sync.backbone.quantization import check_not_repacked, keep_packed_weights
 from trl_sync.backbone.roles import POLICY, REFERENCE, VALUE, Role, RoleState, freeze
@@ -95,6 +96,9 @@ class SeparateModels(OldCheckpointingNames, nn.Module):
         check_disjoint(policy, value_model, ref_model)
         for model in (policy, value_model):
             check_not_repacked(model)
+            make_whole(model)
+        if ref_model is not None:
+            make_whole(ref_model)
         self.logprob_chunk_bytes = logprob_chunk_bytes
         self._reference_adapter: str | None = None
         if ref_model is None and not isinstance(policy, PeftModel) and peft_config is None:

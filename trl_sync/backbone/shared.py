@@ -22,6 +22,7 @@ from trl_sync.backbone.checkpointing import (
 from trl_sync.backbone.fingerprint import base_tensors, fingerprint_of
 from trl_sync.backbone.generation import continue_prompts, evaluation_mode
 from trl_sync.backbone.logprob import CHUNK_BYTES, CausalHead, chunked_token_statistics
+from trl_sync.backbone.partitioned import make_whole
 from trl_sync.backbone.passes import model_inputs, on_response, trunk_of
 from trl_sync.backbone.quantization import check_not_repacked, keep_packed_weights
 from trl_sync.backbone.reward_adapter import add_reward_lora
@@ -76,6 +77,7 @@ class SharedBackbone(OldCheckpointingNames, nn.Module):
                 "the plain base with peft_config, or load base and SFT adapter together with "
                 "trl_sync.backbone.loading.load_shared_backbone."
             )
+        make_whole(model)
         peft_config = peft_config if peft_config is not None else default_lora_config()
         check_lora_config(peft_config)
         value_peft_config = value_peft_config or _without_output_embeddings(model, peft_config)

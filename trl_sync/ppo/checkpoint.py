@@ -5,40 +5,60 @@ Checked on transformers 5.23.0; tests/ppo/test_checkpoint.py fails when one of t
 | method | why the stock one does not do |
 |---|---|
 | `_maybe_log_save_evaluate` | a checkpoint inside an iteration could not be resumed |
+| `_save_checkpoint` | it writes under the final name: a kill leaves half a checkpoint there |
+| `_get_output_dir` | it tells `_save_checkpoint` where to write |
+| `_push_from_checkpoint` | the upload waits for the final name |
 | `_save` | it would write frozen models, and nothing of the value model by itself |
 | `_load_from_checkpoint` | it looks for one whole model or one PEFT adapter |
 | `_load_best_model` | likewise |
+| `_load_rng_state` | other processes than saved would share random numbers, or have none |
 """
 
 from __future__ import annotations
 
 import json
-import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
-from transformers import Trainer
+from safetensors import SafetensorError
+from transformers import set_seed
 from transformers.trainer import TRAINER_STATE_NAME, TRAINING_ARGS_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, IntervalStrategy, SaveStrategy
 from transformers.utils import logging
 
 from trl_sync.backbone.export import load_models, save_models
 from trl_sync.backbone.fingerprint import fingerprint_of
-from trl_sync.errors import CheckpointError
+from trl_sync.errors import CheckpointError, RewardError
+from trl_sync.ppo.collectives import together
 from trl_sync.ppo.config import BatchPlan, PPOConfig
+from trl_sync.ppo.engine_state import EngineStateMixin
+from trl_sync.ppo.resume_checks import (
+    STATE_FILE,
+    check_same_run,
+    check_whole,
+    last_whole_checkpoint,
+    read_json,
+    record_sizes,
+    rng_files,
+)
 from trl_sync.ppo.rollout import Sampling
+from trl_sync.ppo.staged_save import StagedFolder, restore_replaced, rotate
 
 logger = logging.get_logger(__name__)
 
-STATE_FILE = "ppo_state.json"
+# Beside the seed, so that what is drawn after a resume is not drawn elsewhere; see experience.py.
+_RESUMED = 4
 
 
-class CheckpointMixin(Trainer):
+class CheckpointMixin(EngineStateMixin):
     """Checkpoints of what trains and of the position; never of a frozen base or reference.
 
     A checkpoint lies at the end of an iteration: a save that falls inside one happens at its last
-    update. What it holds continues a run bit for bit.
+    update. What it holds continues a run bit for bit. Its folder appears in one step, when all
+    processes have written what belongs in it.
     """
 
     plan: BatchPlan
@@ -47,7 +67,8 @@ class CheckpointMixin(Trainer):
     _deferred_save = False
     _deferred_evaluation = False
     _deferred_stop = False
-    _base_fingerprint: str | None = None
+    _fingerprints: dict[str, Any] | None = None
+    _staged: StagedFolder | None = None
 
     def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> Any:
         """Trains; with `resume_from_checkpoint=True` from the last whole checkpoint.
@@ -56,11 +77,29 @@ class CheckpointMixin(Trainer):
             CheckpointError: there is none, or it belongs to another base or configuration.
         """
         self._deferred_save = self._deferred_evaluation = self._deferred_stop = False
-        if resume_from_checkpoint is True:
-            resume_from_checkpoint = last_whole_checkpoint(self.args)
         if resume_from_checkpoint:
-            self._check_checkpoint(Path(resume_from_checkpoint))
+            resume_from_checkpoint = self._checkpoint_to_resume(resume_from_checkpoint)
+            self._load_own_state(Path(resume_from_checkpoint))
         return super().train(resume_from_checkpoint=resume_from_checkpoint or None, **kwargs)
+
+    def _checkpoint_to_resume(self, path: str | bool) -> str:
+        def restore() -> None:
+            if self.args.should_save:
+                restore_replaced(Path(self.args.output_dir))
+
+        self._on_all(restore)
+        folder = last_whole_checkpoint(self.args) if path is True else str(path)
+        self._on_all(lambda: self._check_checkpoint(Path(folder)))
+        return folder
+
+    def _on_all(self, work: Callable[[], Any]) -> None:
+        """Does `work` on every process; if it fails on one, all raise. A collective."""
+        try:
+            together(self.accelerator, work)
+        except RewardError as error:
+            raise CheckpointError(
+                "Another process cannot read or write the checkpoint; its output says why."
+            ) from error
 
     def _maybe_log_save_evaluate(self, *args: Any, **kwargs: Any) -> None:
         inside = self.state.global_step % self.plan.updates_per_iteration != 0
@@ -99,12 +138,83 @@ class CheckpointMixin(Trainer):
             # Whoever asked for a checkpoint and a stop, short of time perhaps, gets both.
             self._deferred_stop, self.control.should_training_stop = True, False
 
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        final = (
+            Path(self._get_output_dir(trial)) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+        )
+        staged = StagedFolder(final)
+        main = self.args.should_save
+        try:
+            self._on_all(staged.open if main else lambda: None)
+            self._write_staged(staged, model, trial)
+            self._note_best_checkpoint(final)
+            self._on_all((lambda: self._publish(staged)) if main else lambda: None)
+        except (OSError, RuntimeError, SafetensorError) as error:
+            # What a full disk looks like: to Python, to torch's writer, to that of safetensors.
+            raise CheckpointError(
+                f"{final} could not be saved: {type(error).__name__}: {error}. Older checkpoints "
+                "are as they were. Free space or make the folder writable, then resume."
+            ) from error
+        finally:
+            if main:
+                staged.discard()
+        if self.args.push_to_hub:
+            self._push_from_checkpoint(str(final))
+
+    def _write_staged(self, staged: StagedFolder, model: Any, trial: Any) -> None:
+        self._staged = staged
+        # Without a best step the stock method neither waits for the others, who may have failed,
+        # nor looks for a best checkpoint, which it would take for one in the staging folder.
+        best, self.state.best_global_step = self.state.best_global_step, None
+        try:
+            self._on_all(lambda: super(CheckpointMixin, self)._save_checkpoint(model, trial))
+        finally:
+            self._staged, self.state.best_global_step = None, best
+
+    def _note_best_checkpoint(self, final: Path) -> None:
+        best = final.with_name(f"{PREFIX_CHECKPOINT_DIR}-{self.state.best_global_step}")
+        if best == final or best.is_dir():
+            self.state.best_model_checkpoint = str(best)
+
+    def _publish(self, staged: StagedFolder) -> None:
+        self.state.save_to_json(str(staged.folder / TRAINER_STATE_NAME))
+        self._warn_of_other_disks(staged.folder)
+        record_sizes(staged.folder)
+        staged.publish()
+        kept = {staged.final, Path(self.state.best_model_checkpoint or staged.final)}
+        try:
+            rotate(staged.final.parent, self.args.save_total_limit, kept)
+        except OSError as error:
+            logger.warning(f"An old checkpoint could not be deleted: {error}.")
+
+    def _warn_of_other_disks(self, folder: Path) -> None:
+        expected = [] if self.args.save_on_each_node else rng_files(self.args.world_size)
+        missing = [name for name in expected if not (folder / name).is_file()]
+        if missing and not self.args.save_only_model:
+            logger.warning(
+                f"{folder.name} lacks {', '.join(missing)}: the processes do not share the disk of "
+                f"output_dir {self.args.output_dir}, so those on other machines cannot resume. Put "
+                "it on shared storage, or set save_on_each_node=True."
+            )
+
+    def _get_output_dir(self, trial: Any) -> str:
+        if self._staged is not None:
+            return str(self._staged.parent)
+        folder: str = super()._get_output_dir(trial)
+        return folder
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        if self._staged is None:
+            super()._push_from_checkpoint(checkpoint_folder)
+
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
-        if not self.args.should_save:
-            return
         folder = Path(output_dir or self.args.output_dir)
-        folder.mkdir(parents=True, exist_ok=True)
-        files = save_models(self.backbone, folder)
+        writes = self.args.should_save
+        if writes:
+            folder.mkdir(parents=True, exist_ok=True)
+        files = save_models(self.backbone, folder, writes=writes)
+        if not writes:
+            return
         state = self._identity() | {"files": files, "state": self._own_state()}
         (folder / STATE_FILE).write_text(json.dumps(state, indent=2) + "\n")
         if self.processing_class is not None:
@@ -112,15 +222,28 @@ class CheckpointMixin(Trainer):
         torch.save(self.args, folder / TRAINING_ARGS_NAME)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        folder = Path(resume_from_checkpoint)
-        load_models(self.backbone, folder)
-        saved = _read_json(folder / STATE_FILE).get("state", {})
+        load_models(self.backbone, Path(resume_from_checkpoint))
+
+    def _load_own_state(self, folder: Path) -> None:
+        saved = read_json(folder / STATE_FILE).get("state", {})
         for name, part in self._stateful().items():
             # What was not in use then begins anew.
             part.load_state_dict(saved.get(name, {}))
 
     def _load_best_model(self) -> None:
-        load_models(self.backbone, Path(self.state.best_model_checkpoint))
+        if self.engine.is_deepspeed:
+            self._load_best_partitioned()
+        else:
+            load_models(self.backbone, Path(self.state.best_model_checkpoint))
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        own = self.plan.world_size
+        if checkpoint and read_json(Path(checkpoint) / STATE_FILE).get("world_size", own) != own:
+            # Nothing fits: more processes than files, or streams that ran for other sequences.
+            entropy = (self.args.seed, _RESUMED, self.state.global_step, self.args.process_index)
+            set_seed(int(np.random.SeedSequence(entropy).generate_state(1)[0]))
+        else:
+            super()._load_rng_state(checkpoint)
 
     def _stateful(self) -> dict[str, Any]:
         """What else a run carries from one iteration to the next, by its name in a checkpoint."""
@@ -129,13 +252,20 @@ class CheckpointMixin(Trainer):
     def _own_state(self) -> dict[str, Any]:
         return {name: part.state_dict() for name, part in self._stateful().items()}
 
+    def _frozen_identity(self) -> dict[str, Any]:
+        """Checksums of what no checkpoint holds and must be the same; taken while it is whole."""
+        if self._fingerprints is None:
+            self._fingerprints = {
+                "base_fingerprint": fingerprint_of(self.backbone.frozen_tensors()),
+                "reward_adapter": self.backbone.reward_fingerprint(),
+            }
+        return self._fingerprints
+
     def _identity(self) -> dict[str, Any]:
         """What must be the same for a run to continue from a checkpoint."""
-        if self._base_fingerprint is None:
-            self._base_fingerprint = fingerprint_of(self.backbone.frozen_tensors())
         args: PPOConfig = self.args
-        return {
-            "base_fingerprint": self._base_fingerprint,
+        return self._frozen_identity() | {
+            "optimizer_state": self.engine.optimizer_state,
             "batch_size": self.plan.batch_size,
             "num_mini_batches": self.plan.num_mini_batches,
             "num_ppo_epochs": self.plan.num_ppo_epochs,
@@ -147,79 +277,31 @@ class CheckpointMixin(Trainer):
             "num_generations": args.num_generations,
             "generation_options": {n: str(v) for n, v in self.sampling.options.items()},
             "value_learning_rate": args.value_learning_rate is not None,
-            "reward_adapter": self.backbone.reward_fingerprint(),
             "stop_token_ids": list(self.sampling.stop_token_ids),
             "seed": args.seed,
         }
 
     def _check_checkpoint(self, folder: Path) -> None:
-        missing = missing_files(folder)
-        if missing:
+        check_whole(folder, self.plan.updates_per_iteration)
+        saved, own = read_json(folder / STATE_FILE), self._identity()
+        check_same_run(folder, saved, own, self.args.per_device_train_batch_size)
+        self._check_world_size(saved.get("world_size", own["world_size"]), own["world_size"])
+
+    def _check_world_size(self, saved: int, own: int) -> None:
+        """Nothing, if `own` processes can continue what `saved` ones began.
+
+        Raises:
+            CheckpointError: they cannot: ZeRO keeps a part of the optimizer for each of them.
+        """
+        if saved != own and self.engine.is_deepspeed:
             raise CheckpointError(
-                f"{folder} is not a whole checkpoint: {', '.join(missing)} missing or cut short. "
-                "Was the run killed while it saved?"
+                f"{saved} process(es) began this run under {self.engine.value}, whose optimizer "
+                f"state is cut for as many; {own} cannot continue it. Start {saved}. FSDP2 and DDP "
+                "continue on another number."
             )
-        step = json.loads((folder / TRAINER_STATE_NAME).read_text())["global_step"]
-        if step % self.plan.updates_per_iteration:
-            raise CheckpointError(
-                f"{folder} was saved at step {step}, inside an iteration of "
-                f"{self.plan.updates_per_iteration} updates, and cannot be continued."
+        if saved != own and self.is_world_process_zero():
+            logger.warning(
+                f"{saved} process(es) began this run, {own} continue it: with the same prompts in "
+                "every iteration, but other responses, mini-batches and dropout, which each "
+                "process draws by itself."
             )
-        saved, own = json.loads((folder / STATE_FILE).read_text()), self._identity()
-        different = [name for name in own if saved.get(name) != own[name]]
-        if "base_fingerprint" in different:
-            raise CheckpointError(
-                f"{folder} was trained on another base: its checksum is "
-                f"{saved.get('base_fingerprint')}, that of this model {own['base_fingerprint']}. "
-                "Load the same model with the same quantization."
-            )
-        if different:
-            changes = ", ".join(f"{n}: {saved.get(n)} then, {own[n]} now" for n in different)
-            raise CheckpointError(
-                f"{folder} comes from another configuration and cannot be continued ({changes}). "
-                "Use the settings of that run, or start anew in another output_dir."
-            )
-
-
-def missing_files(folder: Path) -> list[str]:
-    """What `folder` lacks of all that resuming needs; the training state is written last."""
-    saved = _read_json(folder / STATE_FILE)
-    ranks = int(saved.get("world_size", 1))
-    names = ["rng_state.pth"] if ranks == 1 else [f"rng_state_{rank}.pth" for rank in range(ranks)]
-    names += saved.get("files", [])
-    missing = [name for name in names if not (folder / name).is_file()]
-    # Without a file the stock loop would begin with a fresh optimizer, in silence. DeepSpeed keeps
-    # optimizer and scheduler in a folder that it names in `latest`.
-    if not (folder / "latest").is_file():
-        missing += [n for n in ("optimizer", "scheduler") if not list(folder.glob(f"{n}*"))]
-    states = {STATE_FILE: saved, TRAINER_STATE_NAME: _read_json(folder / TRAINER_STATE_NAME)}
-    return missing + [name for name, content in states.items() if not content]
-
-
-def _read_json(file: Path) -> dict[str, Any]:
-    """The content of `file`; nothing if it does not exist or is cut short."""
-    try:
-        content: dict[str, Any] = json.loads(file.read_text())
-    except (OSError, json.JSONDecodeError):
-        return {}
-    return content
-
-
-def last_whole_checkpoint(args: PPOConfig) -> str:
-    """The checkpoint of the highest step in `output_dir` that is whole.
-
-    Raises:
-        CheckpointError: there is none.
-    """
-    pattern = re.compile(rf"{PREFIX_CHECKPOINT_DIR}-(\d+)")
-    steps = {}
-    for folder in Path(args.output_dir).glob(f"{PREFIX_CHECKPOINT_DIR}-*"):
-        match = pattern.fullmatch(folder.name)
-        if match and not missing_files(folder):
-            steps[int(match[1])] = folder
-    if not steps:
-        raise CheckpointError(
-            f"No whole checkpoint in {args.output_dir}: nothing to resume from. Start without "
-            "resume_from_checkpoint, or name the folder of a checkpoint."
-        )
-    return str(steps[max(steps)])

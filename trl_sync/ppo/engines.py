@@ -37,6 +37,11 @@ class Engine(StrEnum):
         return self in (Engine.ZERO1, Engine.ZERO2, Engine.ZERO3)
 
     @property
+    def optimizer_state(self) -> str:
+        """Who reads the optimizer state of a checkpoint that this engine wrote."""
+        return self.value if self.places_model else "torch"
+
+    @property
     def places_model(self) -> bool:
         """Whether the model comes to its device only when the engine takes it, in `train()`."""
         return self.is_deepspeed or self is Engine.FSDP2
@@ -98,7 +103,7 @@ def check_active_engine(args: Any, accelerator: Accelerator) -> None:
 
 
 def check_loaded_whole(modules: Mapping[str, nn.Module]) -> None:
-    """Nothing, if no parameter was partitioned or sharded while it was loaded.
+    """Nothing, if no parameter was sharded while it was loaded, as tensor parallelism does.
 
     Raises:
         ConfigError: names the module and how to load it.
@@ -233,12 +238,6 @@ def _check_loaded_whole(name: str, module: nn.Module) -> None:
     from torch.distributed.tensor import DTensor
 
     for parameter in module.parameters():
-        if hasattr(parameter, "ds_id"):
-            raise ConfigError(
-                f"The {name} was partitioned by ZeRO-3 while it was loaded, before adapters and "
-                "heads were there. Set zero3_init_flag: false in the accelerate config, or load "
-                "the models before PPOConfig is made."
-            )
         if isinstance(parameter, DTensor):
             raise ConfigError(
                 f"The {name} was sharded while it was loaded (tensor or expert parallelism), which "

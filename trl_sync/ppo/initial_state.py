@@ -52,8 +52,9 @@ def share_initial_state(
         roles = ", ".join(sorted({_role(name, models, rewards) for name in different}))
         logger.warning(
             f"{len(different)} tensor(s) of {roles} differed between ranks, such as "
-            f"{different[0]}: all ranks have those of rank 0 now. Was a part drawn at random on each rank, such as "
-            "an adapter or a head that its checkpoint does not hold?"
+            f"{different[0]}: all ranks have those of rank 0 now. Was a part drawn at random on "
+            "each rank, such as an adapter or a head that its checkpoint does not hold? (With "
+            "fsdp_cpu_ram_efficient_loading only rank 0 loads: then this is as it should be.)"
         )
 
 

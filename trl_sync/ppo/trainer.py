@@ -24,6 +24,7 @@ from transformers.trainer_callback import ProgressCallback
 from transformers.trainer_utils import EvalLoopOutput
 from transformers.utils import logging
 
+from trl_sync.backbone.partitioned import make_whole
 from trl_sync.backbone.roles import POLICY, VALUE, check_frozen
 from trl_sync.backbone.shared import SharedBackbone
 from trl_sync.errors import ConfigError
@@ -36,6 +37,7 @@ from trl_sync.ppo.checks import (
 from trl_sync.ppo.collectives import reduce_sum
 from trl_sync.ppo.completions import answer_prompts, log_completions
 from trl_sync.ppo.config import BatchPlan, PPOConfig
+from trl_sync.ppo.engine_state import expect_trained_only
 from trl_sync.ppo.engines import (
     check_active_engine,
     check_loaded_whole,
@@ -185,10 +187,16 @@ class PPOTrainer(TrlAttributes, ModelCardMixin, CheckpointMixin):
             self.accelerator.gradient_accumulation_steps = 1
         check_active_engine(args, self.accelerator)
         self.engine = engine_of(self.accelerator)
+        for frozen in reward_modules(rewards).values():
+            make_whole(frozen)
         check_loaded_whole({"model": models, **reward_modules(rewards)})
         make_shardable(self.accelerator, models)
+        if self.engine.is_deepspeed:
+            expect_trained_only(models)
         self._gathered_bytes: int | None = None
         share_initial_state(self.accelerator, models, reward_modules(rewards))
+        if self.engine.shards_parameters:
+            self._frozen_identity()  # later each rank holds a part
         self.metrics = MetricBuffer(lambda tensor: reduce_sum(self.accelerator, tensor))
         self._set_up_callbacks()
 

@@ -1,0 +1,79 @@
+"""Model and optimizer under engines that hold them in parts: saved whole or by shard, and loaded.
+
+Checked on transformers 5.23, accelerate 1.15 and deepspeed 0.19.8.
+
+| method of `Trainer` | why the stock one does not do |
+|---|---|
+| `save_model` | it collects the whole model, its frozen base included, on every process |
+| `_save_optimizer_and_scheduler` | likewise; and the quantization state of the base with it |
+| `_load_best_model` | it loads what those have written |
+
+DeepSpeed and torch's distributed checkpoints write and read what is in parts.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate.utils import DeepSpeedSchedulerWrapper
+from accelerate.utils.fsdp_utils import save_fsdp_optimizer
+from torch import nn
+from transformers import Trainer
+from transformers.integrations.deepspeed import deepspeed_load_checkpoint
+from transformers.trainer import SCHEDULER_NAME
+
+from trl_sync.ppo.engines import Engine
+
+
+class EngineStateMixin(Trainer):
+    """Saves and loads what trains, whichever engine holds it."""
+
+    engine: Engine
+    backbone: Any
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Writes policy and value model, each whole. Under ZeRO-3 and FSDP2 a collective."""
+        if not self.engine.places_model:
+            super().save_model(output_dir, _internal_call)
+            return
+        folder = output_dir or self.args.output_dir
+        if self.engine is Engine.ZERO3:
+            with self.gathered():
+                self._save(folder)
+        else:
+            self._save(folder)
+        if self.args.push_to_hub and not _internal_call:
+            self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        if self.engine.is_deepspeed:
+            self.model_wrapped.save_checkpoint(output_dir, exclude_frozen_parameters=True)
+        elif self.engine is Engine.FSDP2:
+            plugin = self.accelerator.state.fsdp_plugin
+            save_fsdp_optimizer(plugin, self.accelerator, self.optimizer, self.model, output_dir)
+        else:
+            super()._save_optimizer_and_scheduler(output_dir)
+            return
+        # DeepSpeed saves a scheduler of its own together with the rest.
+        if self.args.should_save and not isinstance(self.lr_scheduler, DeepSpeedSchedulerWrapper):
+            torch.save(self.lr_scheduler.state_dict(), Path(output_dir) / SCHEDULER_NAME)
+
+    def _load_best_partitioned(self) -> None:
+        """The best checkpoint back into DeepSpeed's partitions."""
+        deepspeed_load_checkpoint(self.model_wrapped, self.state.best_model_checkpoint)
+
+
+def expect_trained_only(model: nn.Module) -> None:
+    """Has `model.load_state_dict(strict=True)` ask for the parameters that train, and no others.
+
+    A checkpoint holds no frozen parameter; quantization state in it belongs to one.
+    """
+    trained = {name for name, p in model.named_parameters() if p.requires_grad}
+
+    def forgive(module: nn.Module, keys: Any) -> None:
+        keys.missing_keys[:] = [key for key in keys.missing_keys if key in trained]
+        keys.unexpected_keys.clear()
+
+    model.register_load_state_dict_post_hook(forgive)
