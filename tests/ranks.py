@@ -74,7 +74,7 @@ def _collect(answers: Any, processes: list[Any], deadline: float) -> dict[int, t
 
 
 def _launcher_environment(
-    rank: int, num_ranks: int, port: int, engine: Mapping[str, str] | None
+    rank: int, num_ranks: int, port: int, engine: Mapping[str, str] | None = None
 ) -> dict[str, str]:
     engine = {"ACCELERATE_USE_CPU": "true"} if engine is None else engine
     return {

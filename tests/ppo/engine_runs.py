@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import os
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
@@ -45,10 +46,7 @@ ADAM = {"optim": "adamw_torch", "learning_rate": 1e-3, "adam_epsilon": 1e-3}
 
 
 def rank_and_ranks() -> tuple[int, int]:
-    from accelerate import PartialState
-
-    state = PartialState()
-    return state.process_index, state.num_processes
+    return int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
 
 
 def base(folder: Path, precision: str) -> Any:
