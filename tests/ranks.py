@@ -39,7 +39,7 @@ def run_on_ranks(
     for rank in range(num_ranks):
         process = context.Process(target=_serve, args=(function, args, rank, answers))
         # Libraries read these when they are imported, so a rank must be born with them.
-        with mock.patch.dict(os.environ, _launcher_environment(rank, num_ranks, port, environment)):
+        with mock.patch.dict(os.environ, launcher_environment(rank, num_ranks, port, environment)):
             process.start()
         processes.append(process)
     try:
@@ -73,9 +73,10 @@ def _collect(answers: Any, processes: list[Any], deadline: float) -> dict[int, t
     return results
 
 
-def _launcher_environment(
+def launcher_environment(
     rank: int, num_ranks: int, port: int, engine: Mapping[str, str] | None = None
 ) -> dict[str, str]:
+    """What a launcher sets for one rank; `engine` chooses how ranks work together."""
     engine = {"ACCELERATE_USE_CPU": "true"} if engine is None else engine
     return {
         "RANK": str(rank),

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 from torch.distributed import HashStore
 
-from ranks import _launcher_environment, free_port
+from ranks import launcher_environment, free_port
 from trl_sync.audit.rank_state import MissingRanks, Phase
 from trl_sync.audit.uncaught import name_missing_on_uncaught
 from trl_sync.audit.watch import EXIT_CODE, ProgressWatch
@@ -210,7 +210,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
     plans = [{"timeout_s": TIMEOUT_S, **plan} for plan in [*FAULTS, *HEALTHY]]
     for plan in plans:
         port = free_port()
-        plan["environments"] = [_launcher_environment(rank, 2, port) for rank in (0, 1)]
+        plan["environments"] = [launcher_environment(rank, 2, port) for rank in (0, 1)]
     answer = subprocess.run(
         [sys.executable, str(SCRIPT), "fork", str(directory), str(PLANS_AT_A_TIME)],
         input=json.dumps(plans),

@@ -18,7 +18,8 @@ import runs
 import tiny
 from trl_sync import SharedBackbone
 from trl_sync.errors import CheckpointError
-from trl_sync.ppo.checkpoint import CheckpointMixin, last_whole_checkpoint, missing_files
+from trl_sync.ppo.checkpoint import CheckpointMixin
+from trl_sync.ppo.resume_checks import check_same_run, last_whole_checkpoint, missing_files
 
 # What trl_sync/ppo/checkpoint.py overrides, with the parameters it relies on.
 OVERRIDDEN = {
@@ -26,9 +27,13 @@ OVERRIDDEN = {
         *("tr_loss", "grad_norm", "model", "trial", "epoch", "ignore_keys_for_eval"),
         *("start_time", "learning_rate"),
     ],
+    "_save_checkpoint": ["model", "trial"],
+    "_get_output_dir": ["trial"],
+    "_push_from_checkpoint": ["checkpoint_folder"],
     "_save": ["output_dir", "state_dict"],
     "_load_from_checkpoint": ["resume_from_checkpoint", "model"],
     "_load_best_model": [],
+    "_load_rng_state": ["checkpoint"],
 }
 
 
@@ -180,6 +185,38 @@ NEEDED += ("value/value_head.safetensors", "trainer_state.json", "optimizer.pt",
 NEEDED += ("rng_state.pth",)
 
 
+def forget_sizes(checkpoint: Path) -> None:
+    """Leaves the checkpoint as versions wrote it that did not record sizes."""
+    state = json.loads((checkpoint / "ppo_state.json").read_text())
+    del state["sizes"]
+    (checkpoint / "ppo_state.json").write_text(json.dumps(state))
+
+
+@pytest.mark.parametrize("name", [n for n in NEEDED if not n.endswith(".json")])
+@pytest.mark.parametrize("with_sizes", [True, False], ids=["sizes", "before_sizes"])
+def test_files_that_are_cut_short_are_found(
+    saved: Path, tmp_path: Path, name: str, with_sizes: bool
+) -> None:
+    checkpoint = tmp_path / "checkpoint-8"
+    shutil.copytree(saved / "out" / "checkpoint-8", checkpoint)
+    if not with_sizes:
+        forget_sizes(checkpoint)
+    assert missing_files(checkpoint) == []
+    # One byte of 4 kB, as a copy to a full disk would leave it.
+    with (checkpoint / name).open("r+b") as file:
+        file.truncate((checkpoint / name).stat().st_size - 1)
+    assert missing_files(checkpoint) == ([name] if with_sizes else [])
+
+
+def test_text_may_be_edited(saved: Path, tmp_path: Path) -> None:
+    checkpoint = tmp_path / "checkpoint-8"
+    shutil.copytree(saved / "out" / "checkpoint-8", checkpoint)
+    for name in ("trainer_state.json", "tokenizer_config.json"):
+        content = json.loads((checkpoint / name).read_text())
+        (checkpoint / name).write_text(json.dumps(content))
+    assert missing_files(checkpoint) == []
+
+
 @pytest.mark.parametrize("name", NEEDED)
 def test_a_checkpoint_without_one_of_its_files_is_refused(
     saved: Path, tmp_path: Path, name: str
@@ -198,6 +235,7 @@ def test_a_checkpoint_without_one_of_its_files_is_refused(
 def test_cut_short_adapters_are_refused_before_training(saved: Path, tmp_path: Path) -> None:
     checkpoint = tmp_path / "checkpoint-8"
     shutil.copytree(saved / "out" / "checkpoint-8", checkpoint)
+    forget_sizes(checkpoint)
     weights = checkpoint / "value" / "adapter_model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-100])
     trainer = runs.make(tmp_path)
@@ -226,7 +264,9 @@ def listing(folder: Path) -> dict[str, tuple[int, int]]:
         ("num_prompts: 64 then, 65 now", {"num_prompts": 65}),
         ("response_length: 8 then, 9 now", {"response_length": 9}),
         ("seed: 42 then, 43 now", {"seed": 43}),
-        ("world_size: 2 then, 1 now", {"world_size": 2}),
+        # Other prompts matter, another number of processes does not.
+        (r"\(num_prompts: 64 then, 65 now, prompts: [^)]*\)", {"num_prompts": 65}),
+        ("world_size: 2 then, 1 now", {"world_size": 2, "per_device_train_batch_size": 8}),
     ],
 )
 def test_a_checkpoint_of_another_run_is_refused(
@@ -285,3 +325,65 @@ def test_a_checkpoint_from_inside_an_iteration_is_refused(saved: Path, tmp_path:
     (folder / "trainer_state.json").write_text(json.dumps(state | {"global_step": 6}))
     with pytest.raises(CheckpointError, match="inside an iteration of 4 updates"):
         runs.make(tmp_path).train(resume_from_checkpoint=str(folder))
+
+
+def left_by(ranks: int, saved: Path, folder: Path) -> Path:
+    """Checkpoint 8 as that many processes would have left it."""
+    checkpoint = folder / "out" / "checkpoint-8"
+    shutil.copytree(saved / "out" / "checkpoint-8", checkpoint)
+    state = json.loads((checkpoint / "ppo_state.json").read_text())
+    random_state = state["sizes"].pop("rng_state.pth")
+    state["sizes"] |= {f"rng_state_{rank}.pth": random_state for rank in range(ranks)}
+    (checkpoint / "ppo_state.json").write_text(json.dumps(state | {"world_size": ranks}))
+    for rank in range(ranks):
+        shutil.copy(checkpoint / "rng_state.pth", checkpoint / f"rng_state_{rank}.pth")
+    (checkpoint / "rng_state.pth").unlink()
+    return checkpoint
+
+
+@pytest.mark.parametrize(
+    "changes, advice",
+    [
+        # 32 episodes here, in micro-batches of 8, and then of 3.
+        (
+            {"per_device_train_batch_size": 8},
+            "per_device_train_batch_size=8 and gradient_accumulation_steps=2.",
+        ),
+        (
+            {"per_device_train_batch_size": 3, "gradient_accumulation_steps": 6},
+            "per_device_train_batch_size=2 and gradient_accumulation_steps=8.",
+        ),
+    ],
+)
+def test_another_batch_on_other_ranks_is_refused_with_sizes_that_would_do(
+    saved: Path, tmp_path: Path, changes: dict[str, Any], advice: str
+) -> None:
+    left_by(2, saved, tmp_path)
+    trainer = runs.make(tmp_path, **changes)
+    batch = trainer.plan.batch_size
+    said = f"batch_size: 16 then, {batch} now, world_size: 2 then, 1 now"
+    with pytest.raises(CheckpointError, match=said) as caught:
+        trainer.train(resume_from_checkpoint=True)
+    assert str(caught.value).endswith(f"on 1 processes set {advice}")
+    # What it says does do.
+    sizes = dict(part.split("=") for part in advice.rstrip(".").split(" and "))
+    fitting = runs.make(tmp_path, **{name: int(size) for name, size in sizes.items()})
+    fitting.train(resume_from_checkpoint=True)
+    assert runs.rows(fitting)[8]["step"] == 9
+
+
+def test_ranks_that_cannot_share_the_batch_are_told_how_many_can() -> None:
+    saved = {"batch_size": 24, "num_mini_batches": 2, "world_size": 2}
+    own = {"batch_size": 30, "num_mini_batches": 2, "world_size": 5}
+    with pytest.raises(CheckpointError, match="5 processes cannot share them in 2") as caught:
+        check_same_run(Path("checkpoint-8"), saved, own, 3)
+    # Those that leave each process an even number of the 24.
+    assert str(caught.value).endswith("Start 1, 2, 3, 4, 6, 12 processes.")
+
+
+def test_another_number_of_ranks_is_said(
+    saved: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    left_by(2, saved, tmp_path)
+    runs.make(tmp_path).train(resume_from_checkpoint=True)
+    assert "2 process(es) began this run, 1 continue it" in caplog.text
