@@ -1,4 +1,4 @@
-"""The command line: `trl-sync demo`, `trl-sync report` and `trl-sync verify`.
+"""The command line: `trl-sync demo`, `trl-sync report`, `trl-sync verify` and `trl-sync env`.
 
 What a command needs is imported when it runs, so that `--help` comes at once.
 """
@@ -6,6 +6,7 @@ What a command needs is imported when it runs, so that `--help` comes at once.
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated
 
@@ -73,6 +74,115 @@ def _verify(
     from trl_sync.cli.verify import show_verification
 
     raise typer.Exit(0 if show_verification(checkpoint, base, as_json=as_json) else 1)
+
+
+@app.command("env")
+def _env(
+    plan: Annotated[
+        bool, typer.Option("--plan", help="Compute the memory per GPU of a PPO run.")
+    ] = False,
+    model: Annotated[
+        str | None, typer.Option(metavar="NAME_OR_DIR", help="Only its config is read.")
+    ] = None,
+    engine: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME",
+            help="none (default), ddp, zero1, zero2, zero3, fsdp2, fsdp2_qlora or hsdp.",
+        ),
+    ] = None,
+    num_gpus: Annotated[
+        int | None, typer.Option("--gpus", help="All of them. Default: 1 for none, else 8.")
+    ] = None,
+    num_shards: Annotated[
+        int | None,
+        typer.Option("--shards", help="hsdp: GPUs that share one copy. Default: half of them."),
+    ] = None,
+    gpu_memory: Annotated[
+        float | None, typer.Option(metavar="GB", help="Exit with 1 if a GPU of that size is small.")
+    ] = None,
+    batch: Annotated[
+        int | None, typer.Option(help="per_device_train_batch_size. Default: 8.")
+    ] = None,
+    rollout_batch: Annotated[
+        int | None, typer.Option(help="local_rollout_forward_batch_size. Default: 64.")
+    ] = None,
+    prompt_tokens: Annotated[
+        int | None, typer.Option(help="Of the longest prompt. Default: 512.")
+    ] = None,
+    response_tokens: Annotated[
+        int | None, typer.Option(help="response_length. Default: 53.")
+    ] = None,
+    lora_rank: Annotated[int | None, typer.Option(help="lora_r. Default: 16.")] = None,
+    lora_dropout: Annotated[float | None, typer.Option(help="lora_dropout. Default: 0.05.")] = None,
+    quantization: Annotated[
+        str | None,
+        typer.Option(metavar="KIND", help="nf4, 8bit or none. Default: nf4; separate: none."),
+    ] = None,
+    dtype: Annotated[
+        str | None, typer.Option(metavar="KIND", help="What computes: bf16 (default) or fp32.")
+    ] = None,
+    reward: Annotated[
+        str | None,
+        typer.Option(metavar="KIND", help="function (default), adapter, or a model: NAME_OR_DIR."),
+    ] = None,
+    reward_in_4bit: Annotated[
+        bool, typer.Option("--reward-in-4bit", help="The reward model in NF4, else bf16.")
+    ] = False,
+    separate: Annotated[
+        bool, typer.Option("--separate", help="Whole models for policy, value and reference.")
+    ] = False,
+    gradient_checkpointing: Annotated[
+        bool | None, typer.Option(help="Whether layers recompute their activations. Default: yes.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="As JSON.")] = False,
+) -> None:
+    """Show versions, devices and which engines run here; with --plan the memory a run needs.
+
+    Exit codes: 0 it fits, or nothing was asked, 1 it does not fit into --gpu-memory, 2 wrong
+    usage, or no config that can be read.
+    """
+    sizes = {
+        "engine": engine,
+        "num_gpus": num_gpus,
+        "num_shards": num_shards,
+        "batch": batch,
+        "rollout_batch": rollout_batch,
+        "prompt_tokens": prompt_tokens,
+        "response_tokens": response_tokens,
+        "lora_rank": lora_rank,
+        "lora_dropout": lora_dropout,
+        "quantization": quantization,
+        "dtype": dtype,
+        "reward_in_4bit": reward_in_4bit or None,
+        "separate": separate or None,
+        "gradient_checkpointing": gradient_checkpointing,
+    }
+    given = {name: value for name, value in sizes.items() if value is not None}
+    named = {"model": model, "reward": reward, "gpu_memory": gpu_memory}
+    if not plan:
+        from trl_sync.cli.env import show_environment
+
+        _refuse_sizes({**given, **{n: v for n, v in named.items() if v is not None}})
+        show_environment(as_json=as_json)
+        return
+    from trl_sync.cli.plan import show_plan
+
+    fits = show_plan(model, reward or "function", gpu_memory, as_json=as_json, **given)
+    raise typer.Exit(0 if fits else 1)
+
+
+def _refuse_sizes(given: Iterable[str]) -> None:
+    """Nothing, if no setting was given that only a plan has.
+
+    Raises:
+        ConfigError: names them.
+    """
+    from trl_sync.errors import ConfigError
+
+    flags = [f"--{name.removeprefix('num_').replace('_', '-')}" for name in given]
+    if flags:
+        raise ConfigError(f"{', '.join(flags)}: for --plan only. Add --plan, or leave it out.")
 
 
 def main() -> None:
