@@ -2,9 +2,9 @@
 
     python killed_run.py ENGINE FOLDER kill|resume
 
-`kill`: rank 1 ends itself by SIGKILL in the middle of its sixth update; a checkpoint was saved after
-the fourth. `resume`: a run from the last checkpoint to the end, then an uninterrupted one; each
-rank writes whether both ended with the same parameters.
+`kill`: rank 1 ends itself by SIGKILL in the middle of its sixth update; a checkpoint was saved
+after the fourth. `resume`: a run from the last checkpoint to the end, then an uninterrupted one;
+each rank writes whether both ended with the same parameters.
 """
 
 from __future__ import annotations

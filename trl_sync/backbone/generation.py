@@ -47,5 +47,7 @@ def continue_prompts(
             input_ids=input_ids.masked_fill(~attention_mask.bool(), 0),
             attention_mask=attention_mask.long(),
             **kwargs,
+            # Parameters are whole here: ranks that end early need not go on for the others.
+            synced_gpus=False,
         )
     return generated
