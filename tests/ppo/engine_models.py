@@ -129,3 +129,34 @@ def go_on(engine: str, path: str) -> dict[str, Any]:
 def flat(values: dict[str, Tensor]) -> list[float]:
     """A few numbers of each tensor, enough to tell runs apart."""
     return [float(x) for _, t in sorted(values.items()) for x in t.reshape(-1)[:3]]
+
+
+def partitioned_while_loading(path: str) -> dict[str, Any]:
+    """ZeRO-3: models loaded by transformers' own `from_pretrained` after the arguments exist."""
+    from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+
+    folder = Path(path)
+    engines.start_anew("zero3")
+    arguments = tiny.config(folder / "out", **SIZES, **engines.settings("zero3"))
+    policy = AutoModelForCausalLM.from_pretrained(folder / "base")
+    reward = AutoModelForSequenceClassification.from_pretrained(folder / "reward", num_labels=1)
+    partitioned = [hasattr(p, "ds_id") for m in (policy, reward) for p in m.parameters()]
+    trainer = PPOTrainer(
+        arguments,
+        tiny.tokenizer(),
+        policy,
+        reward_model=reward,
+        train_dataset=tiny.prompts(),
+        peft_config=runs.lora(),
+    )
+    widths = {"value_head": trainer.backbone.value_head.weight.shape[-1]}
+    checksum = engine_runs.checksums(
+        {n: p.detach() for n, p in trainer.backbone.causal_model.named_parameters()}
+    )
+    trainer.train()
+    return {
+        "partitioned": all(partitioned),
+        "widths": widths,
+        "embedding": checksum["model.embed_tokens.weight"],
+        "steps": trainer.state.global_step,
+    }

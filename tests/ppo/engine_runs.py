@@ -180,7 +180,8 @@ def generated_runs(engine: str, folder: Path) -> dict[str, Any]:
         "kl_horizon": 100,
         **engines.settings(engine),
     }
-    rank, _ = rank_and_ranks()
+    rank, ranks = rank_and_ranks()
+    options["gradient_accumulation_steps"] = 8 // ranks  # a rollout batch of 32, whatever the ranks
     lora = runs.lora(lora_dropout=0.1)
     outcomes = []
     for resume in (None, str(folder / "out" / "checkpoint-4")):

@@ -144,16 +144,6 @@ def test_arguments_of_another_kind(tmp_path: Path) -> None:
     refused(out, "must be a trl_sync.PPOConfig, got transformers", lambda: build(out, args=args))
 
 
-@pytest.mark.parametrize("variable", ["ACCELERATE_USE_DEEPSPEED", "ACCELERATE_USE_FSDP"])
-def test_engines_that_are_not_supported_yet(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, variable: str
-) -> None:
-    config = tiny.config(tmp_path / "out")
-    monkeypatch.setenv(variable, "true")  # as `accelerate launch` does
-    with pytest.raises(ConfigError, match="DeepSpeed and FSDP are not supported yet"):
-        check_settings(config)
-
-
 def test_a_launch_in_which_every_rank_believes_it_is_alone(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

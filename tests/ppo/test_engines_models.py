@@ -94,3 +94,17 @@ def test_another_engine_does_not_read_the_optimizer(tmp_path: Path) -> None:
     engines.run_on_engine("ddp", engine_models.begin, "ddp", str(tmp_path))
     for answer in engines.run_on_engine("fsdp2", engine_models.go_on, "fsdp2", str(tmp_path)):
         assert "optimizer_state: torch then, FSDP2 now" in answer["error"]
+
+
+def test_a_model_partitioned_while_it_loads_is_made_whole(tmp_path: Path) -> None:
+    """As in TRL's scripts, where the arguments exist before the models."""
+    policy, reward = tiny.llama(), tiny.reward_llama()
+    policy.save_pretrained(tmp_path / "base")
+    reward.save_pretrained(tmp_path / "reward")
+    answers = engines.run_on_engine("zero3", engine_models.partitioned_while_loading, str(tmp_path))
+    whole = {"embedding": policy.model.embed_tokens.weight.detach()}
+    for answer in answers:
+        assert answer["partitioned"]
+        assert answer["widths"] == {"value_head": 64}
+        assert answer["embedding"] == engine_runs.checksums(whole)["embedding"]
+        assert answer["steps"] == 2

@@ -13,6 +13,8 @@ DeepSpeed and torch's distributed checkpoints write and read what is in parts.
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +25,11 @@ from torch import nn
 from transformers import Trainer
 from transformers.integrations.deepspeed import deepspeed_load_checkpoint
 from transformers.trainer import SCHEDULER_NAME
+from transformers.utils import logging
 
-from trl_sync.ppo.engines import Engine
+from trl_sync.ppo.engines import Engine, full_size_bytes, gathered
+
+logger = logging.get_logger(__name__)
 
 
 class EngineStateMixin(Trainer):
@@ -32,6 +37,20 @@ class EngineStateMixin(Trainer):
 
     engine: Engine
     backbone: Any
+    _gathered_bytes: int | None = None
+
+    @contextlib.contextmanager
+    def gathered(self) -> Iterator[None]:
+        """Within the block every parameter is whole on this process. Every process must enter it.
+
+        Under ZeRO-3 and FSDP2 that is a gather of all parameters; elsewhere nothing happens. What
+        generates or reads weights by hand belongs inside; what is written to parameters there is
+        lost under these engines.
+        """
+        if self.engine.shards_parameters:
+            self._announce_gather()
+        with gathered(self.backbone, self.model_wrapped, self.engine):
+            yield
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Writes policy and value model, each whole. Under ZeRO-3 and FSDP2 a collective."""
@@ -59,6 +78,15 @@ class EngineStateMixin(Trainer):
         # DeepSpeed saves a scheduler of its own together with the rest.
         if self.args.should_save and not isinstance(self.lr_scheduler, DeepSpeedSchedulerWrapper):
             torch.save(self.lr_scheduler.state_dict(), Path(output_dir) / SCHEDULER_NAME)
+
+    def _announce_gather(self) -> None:
+        """Says once how much memory a gather takes."""
+        if self._gathered_bytes is None:
+            self._gathered_bytes = full_size_bytes(self.backbone)
+            logger.info(
+                f"{self.engine.value} gathers all parameters, {self._gathered_bytes:,} bytes on "
+                "each process, once for every rollout, evaluation and save."
+            )
 
     def _load_best_partitioned(self) -> None:
         """The best checkpoint back into DeepSpeed's partitions."""

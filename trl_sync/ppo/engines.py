@@ -94,6 +94,11 @@ def check_active_engine(args: Any, accelerator: Accelerator) -> None:
         ConfigError: FSDP was asked for and is not active, or an option of it does not fit.
     """
     engine = engine_of(accelerator)
+    if engine is Engine.ZERO3 and not args.ds3_gather_for_generation:
+        raise ConfigError(
+            "ds3_gather_for_generation=False would gather every layer again for every token, in "
+            "step on all ranks, which is not supported: set it to True."
+        )
     if _fsdp_settings(args) is not None and engine is not Engine.FSDP2:
         raise ConfigError(
             f"FSDP was asked for, but accelerate runs {engine.value}: it offers FSDP on several "

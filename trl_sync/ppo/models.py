@@ -7,6 +7,7 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedModel
 
+from trl_sync.backbone.partitioned import make_whole
 from trl_sync.backbone.roles import POLICY, REFERENCE
 from trl_sync.backbone.scalar_head import without_adapters
 from trl_sync.backbone.separate import SeparateModels
@@ -24,6 +25,17 @@ from trl_sync.ppo.rewards.models import language_model_of, model_name
 from trl_sync.ppo.rewards.tokens import find_tokenizer, vocabulary_difference
 
 Models = SharedBackbone | SeparateModels
+
+
+def make_all_whole(*models: Any) -> None:
+    """Gives models that ZeRO-3 partitioned while they were loaded whole parameters. A collective.
+
+    Lists of rewards, paths and functions may be among them.
+    """
+    for given in models:
+        for model in given if isinstance(given, (list, tuple)) else [given]:
+            if isinstance(model, nn.Module):
+                make_whole(model)
 
 
 def check_models(

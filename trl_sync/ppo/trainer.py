@@ -22,9 +22,7 @@ from transformers import (
 )
 from transformers.trainer_callback import ProgressCallback
 from transformers.trainer_utils import EvalLoopOutput
-from transformers.utils import logging
 
-from trl_sync.backbone.partitioned import make_whole
 from trl_sync.backbone.roles import POLICY, VALUE, check_frozen
 from trl_sync.backbone.shared import SharedBackbone
 from trl_sync.errors import ConfigError
@@ -42,8 +40,6 @@ from trl_sync.ppo.engines import (
     check_active_engine,
     check_loaded_whole,
     engine_of,
-    full_size_bytes,
-    gathered,
     is_prepared,
     make_shardable,
     place,
@@ -55,7 +51,13 @@ from trl_sync.ppo.kl_control import KLControl
 from trl_sync.ppo.loss import ppo_loss
 from trl_sync.ppo.metrics import MetricBuffer
 from trl_sync.ppo.model_card import ModelCardMixin, PushValueModel
-from trl_sync.ppo.models import build_models, causal_model_of, check_models, check_tokens
+from trl_sync.ppo.models import (
+    build_models,
+    causal_model_of,
+    check_models,
+    check_tokens,
+    make_all_whole,
+)
 from trl_sync.ppo.progress import PPOProgressCallback, print_completions
 from trl_sync.ppo.prompts import DataCollator, PromptDataset
 from trl_sync.ppo.reward_scaling import RunningMoments
@@ -69,8 +71,6 @@ from trl_sync.ppo.rollout import Sampling, seeded
 from trl_sync.ppo.trl_attributes import TrlAttributes
 from trl_sync.ppo.updates import UpdateCallback, check_optimizers, check_warmup, split_off
 from trl_sync.renames import accepts_old_arguments
-
-logger = logging.get_logger(__name__)
 
 
 @accepts_old_arguments
@@ -125,6 +125,7 @@ class PPOTrainer(TrlAttributes, ModelCardMixin, CheckpointMixin):
     ) -> None:
         check_settings(args)
         check_optimizers(args, optimizers)
+        make_all_whole(model, ref_model, value_model, reward_model)
         check_models(args, model, ref_model, value_model, peft_config, reward_model)
         check_output_folder(Path(args.output_dir))
         base = causal_model_of(model)
@@ -187,13 +188,10 @@ class PPOTrainer(TrlAttributes, ModelCardMixin, CheckpointMixin):
             self.accelerator.gradient_accumulation_steps = 1
         check_active_engine(args, self.accelerator)
         self.engine = engine_of(self.accelerator)
-        for frozen in reward_modules(rewards).values():
-            make_whole(frozen)
         check_loaded_whole({"model": models, **reward_modules(rewards)})
         make_shardable(self.accelerator, models)
         if self.engine.is_deepspeed:
             expect_trained_only(models)
-        self._gathered_bytes: int | None = None
         share_initial_state(self.accelerator, models, reward_modules(rewards))
         if self.engine.shards_parameters:
             self._frozen_identity()  # later each rank holds a part
@@ -395,19 +393,6 @@ class PPOTrainer(TrlAttributes, ModelCardMixin, CheckpointMixin):
                 )
 
     @contextlib.contextmanager
-    def gathered(self) -> Iterator[None]:
-        """Within the block every parameter is whole on this process. Every process must enter it.
-
-        Under ZeRO-3 and FSDP2 that is a gather of all parameters; elsewhere nothing happens. What
-        generates or reads weights by hand belongs inside; what is written to parameters there is
-        lost under these engines.
-        """
-        if self.engine.shards_parameters:
-            self._announce_gather()
-        with gathered(self.backbone, self.model_wrapped, self.engine):
-            yield
-
-    @contextlib.contextmanager
     def _answering(self) -> Iterator[None]:
         """As a rollout runs, with the random numbers of evaluations."""
         self.backbone.eval()
@@ -420,15 +405,6 @@ class PPOTrainer(TrlAttributes, ModelCardMixin, CheckpointMixin):
             self.accelerator.autocast(),
         ):
             yield
-
-    def _announce_gather(self) -> None:
-        """Says once how much memory a gather takes."""
-        if self._gathered_bytes is None:
-            self._gathered_bytes = full_size_bytes(self.backbone)
-            logger.info(
-                f"{self.engine.value} gathers all parameters, {self._gathered_bytes:,} bytes on "
-                "each process, once for every rollout, evaluation and save."
-            )
 
     def _stateful(self) -> dict[str, Any]:
         parts: dict[str, Any] = {}
