@@ -1,4 +1,4 @@
-"""Plants every fault that a process survives, one after another, in one launch of two ranks."""
+"""Plants every fault that a process survives, one after another, in one launch of ranks."""
 
 from __future__ import annotations
 
@@ -24,19 +24,67 @@ def run_matrix(
     return [run_one(name, late, audit_options) for name in names]
 
 
-def run_one(name: str | None, late: bool, audit_options: dict[str, Any]) -> dict[str, Any]:
-    import contextlib
+Case = tuple[str | None, bool]  # a fault, None for the healthy job, and whether it comes late
 
-    from trl_sync.audit.drill import JOB_OPTIONS, DrillJob, plant_on
-    from trl_sync.errors import DesyncError
+
+def run_under_engine(
+    cases: list[Case], absent: list[Case]
+) -> tuple[list[dict[str, Any]], dict[Case, str]]:
+    """What the audit said of `cases`, and why those in `absent` cannot be planted."""
+    return [run_one(name, late, {}) for name, late in cases], refusals(absent)
+
+
+def refusals(absent: list[Case]) -> dict[Case, str]:
+    from trl_sync.audit.drill import DrillJob, plant_on
+
+    job = DrillJob()
+    found = {}
+    for name, late in absent:
+        try:
+            with plant_on(job, str(name), step=FAULT_STEP, late=late):
+                found[name, late] = "it was planted"
+        except ValueError as error:
+            found[name, late] = str(error)
+    job.close()
+    return found
+
+
+def run_one(name: str | None, late: bool, audit_options: dict[str, Any]) -> dict[str, Any]:
+    from trl_sync.audit.drill import JOB_OPTIONS, DrillJob
 
     job = DrillJob(**JOB_OPTIONS.get(name or "", {}))
+    try:
+        row = run_job(job, name, late, audit_options)
+        row["parameters"] = digests(job)
+        return row
+    finally:
+        job.close()
+
+
+def digests(job: Any) -> dict[str, str]:
+    """What this rank holds of each trainable parameter."""
+    from fault_observer import digest
+
+    from trl_sync.audit.faults.state import local_tensor, named_parameters
+
+    parameters = named_parameters(job.model)
+    return {n: digest(local_tensor(p)) for n, p in parameters.items() if p.requires_grad}
+
+
+def run_job(
+    job: Any, name: str | None, late: bool, audit_options: dict[str, Any]
+) -> dict[str, Any]:
+    import contextlib
+
+    from trl_sync.audit.drill import plant_on
+    from trl_sync.errors import DesyncError
+
     planting = (
         contextlib.nullcontext()
         if name is None
         else plant_on(job, name, step=FAULT_STEP, late=late)
     )
-    row: dict[str, Any] = {"fault": name, "cause": None}
+    row: dict[str, Any] = {"fault": name, "late": late, "cause": None}
     started_s = time.perf_counter()
     try:
         with planting as planted:

@@ -444,3 +444,89 @@ def test_every_rank_says_the_same() -> None:
     # Each rank gathers an equal list, unpickled: other objects, and sets in another order.
     said = {repr(diagnose(list(ranks), set(), {Slot.AFTER}, CONTEXT)) for _ in range(3)}
     assert len(said) == 1
+
+
+# Shards.
+
+
+def edits(letters: str) -> list[Evidence]:
+    """One rank for each letter: "e" edited its shard, "-" did not, "0" holds nothing of it."""
+    return [
+        evidence(
+            rank,
+            edited_shards=frozenset(NAMES[:1] if letter == "e" else ()),
+            empty_shards=frozenset(NAMES[:1] if letter == "0" else ()),
+        )
+        for rank, letter in enumerate(letters)
+    ]
+
+
+@pytest.mark.parametrize("letters, odd", [("-e", (1,)), ("e-e-", (0, 2)), ("e0-", (0,))])
+def test_a_shard_edited_on_some_ranks(letters: str, odd: tuple[int, ...]) -> None:
+    finding = only(edits(letters), counters={"edited"})
+    assert (finding.cause, finding.tensor) == (Cause.EDITED_OUTSIDE_STEP, NAMES[0])
+    assert (finding.ranks, finding.fatal) == (odd, True)
+
+
+@pytest.mark.parametrize("letters", ["ee", "e0", "0e0e"])
+def test_shards_edited_on_all_ranks_that_hold_them(letters: str) -> None:
+    assert diagnose(edits(letters), {"edited"}, set(), CONTEXT) == []
+
+
+def test_edits_of_other_shards_do_not_make_up_for_each_other() -> None:
+    ranks = [evidence(rank, edited_shards=frozenset([NAMES[rank]])) for rank in (0, 1)]
+    finding = only(ranks, counters={"edited"})
+    assert (finding.ranks, finding.num_tensors, finding.tensor) == ((0, 1), 2, NAMES[0])
+    assert finding.evidence.startswith("Its shard on rank 0")
+
+
+def replicas(letters: str, slot: Slot, **changes: Any) -> list[Evidence]:
+    """Four ranks of which 0 and 2, and 1 and 3, hold the same shards, by letter."""
+    pairs = ((0, 2), (1, 3))
+    return [
+        evidence(
+            rank,
+            replicas=pairs[rank % 2],
+            replica_slots=frozenset(
+                [slot] if letters[pairs[rank % 2][0]] != letters[pairs[rank % 2][1]] else ()
+            ),
+            replica_digests={slot: {NAMES[0]: letter.encode() * 16}},
+            **changes,
+        )
+        for rank, letter in enumerate(letters)
+    ]
+
+
+def test_replicas_of_one_shard_that_differ() -> None:
+    # Shards of different groups always differ.
+    finding = only(replicas("abac", Slot.AFTER), slots=set(), counters={"replicas"})
+    assert finding.cause is Cause.OPTIMIZER_DIVERGED
+    assert (finding.ranks, finding.replicas) == ((1, 3), (1, 3))
+    assert [ranks for ranks, _ in finding.holders] == [(1,), (3,)]
+    assert "Compared are the ranks 1,3, which hold the same shard of it." in finding.describe()
+
+
+def test_every_group_of_replicas_is_named() -> None:
+    found = diagnose(replicas("abcd", Slot.GRADIENTS), set(), set(), CONTEXT)
+    assert [finding.replicas for finding in found] == [(0, 2), (1, 3)]
+    assert {finding.cause for finding in found} == {Cause.GRADIENT_NOT_REDUCED}
+
+
+def test_what_parted_before_the_update_explains_gradients_of_replicas() -> None:
+    group = replicas("abac", Slot.GRADIENTS, added=frozenset(NAMES[1:]))
+    ranks = [
+        Evidence(
+            **{name: getattr(item, name) for name in Evidence.__slots__}
+            | {"digests": {Slot.BEFORE: {NAMES[1]: bytes([item.rank] * 16)}}}
+        )
+        for item in group
+    ]
+    finding = only(ranks, slots={Slot.BEFORE}, counters={"replicas"})
+    assert (finding.cause, finding.tensor) == (Cause.INIT_MISMATCH, NAMES[1])
+
+
+def test_learning_rates_that_differ_where_each_rank_updates_a_part() -> None:
+    ranks = [evidence(rank, learning_rates=(rate,)) for rank, rate in enumerate((0.1, 0.1, 0.2))]
+    finding = only(ranks, counters={"rates"})
+    assert (finding.cause, finding.ranks) == (Cause.OPTIMIZER_DIVERGED, (2,))
+    assert "0.1 on ranks 0,1; 0.2 on rank 2" in finding.evidence

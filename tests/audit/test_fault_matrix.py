@@ -83,7 +83,7 @@ def rows() -> dict[tuple[str | None, bool], list[dict[str, Any]]]:
 
 def print_table(rows: dict[tuple[str | None, bool], list[dict[str, Any]]]) -> None:
     print(f"\n{'fault':32}{'planted':8}{'step':>4}  {'named as':30}{'ranks':8}{'ms':>6}  tensor")
-    for (name, late), (row, _) in rows.items():
+    for (name, late), (row, *_) in rows.items():
         planted = "late" if late else "at once" if name in AT_ONCE else ""
         print(
             f"{name or 'healthy'!s:32}{planted:8}{row.get('step', '-')!s:>4}  "

@@ -15,6 +15,7 @@ from torch import nn
 
 from trl_sync.audit import faults
 from trl_sync.audit.drill import DrillJob, plant_on
+from trl_sync.audit.faults import engines as fault_engines
 from trl_sync.audit.findings import Cause
 
 
@@ -146,6 +147,26 @@ def test_other_base_holds_other_frozen_values_until_the_end() -> None:
 def test_registry_names_causes_of_the_audit() -> None:
     assert {fault.cause for fault in faults.FAULTS.values()} == set(Cause) - {Cause.BUFFERS_DIFFER}
     assert all(name == fault.name for name, fault in faults.FAULTS.items())
+
+
+def test_table_of_engines_speaks_of_known_faults_and_causes() -> None:
+    tables = (
+        fault_engines._ABSENT,
+        fault_engines._ABSENT_LATE,
+        fault_engines._ABSENT_AT_ONCE,
+        fault_engines._UNSEEN,
+        fault_engines._OTHERWISE,
+    )
+    assert set().union(*tables) | set(fault_engines._PAIRS) <= set(faults.FAULTS)
+    causes = {row[1] for rows in fault_engines._OTHERWISE.values() for row in rows}
+    assert causes <= {cause.value for cause in Cause}
+    lines = fault_engines.as_markdown().splitlines()
+    assert lines[0] == "| fault | zero1 | zero2 | zero3 | fsdp2 | hsdp |"
+    diverged, late = "`optimizer_diverged`", "`structure_mismatch`"
+    hidden = "unseen | unseen | unseen | unseen"
+    assert f"| `other_learning_rate` | {hidden} | {diverged} |" in lines
+    assert f"| `tensor_added` | {late} | {late} | {late}, at once only | {late} | {late} |" in lines
+    assert not [line for line in lines if line.startswith("| `byte_flipped`")]
 
 
 @pytest.mark.parametrize(

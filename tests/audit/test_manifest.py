@@ -50,7 +50,7 @@ def test_the_manifest_lists_every_file_of_a_real_checkpoint(full: Path, lora: Pa
 def test_checksums_are_those_of_independent_readers(lora: Path, lora_run: Any) -> None:
     content = json.loads((lora / MANIFEST_NAME).read_text())
     assert (content["step"], content["world_size"], content["verified"]) == (2, 1, True)
-    assert (content["format"], content["algorithm"], content["reason"]) == (1, "xxh3-128", None)
+    assert (content["format"], content["algorithm"], content["reason"]) == (2, "xxh3-128", None)
     for path, record in content["files"].items():
         data = (lora / path).read_bytes()
         assert record["size_bytes"] == len(data)

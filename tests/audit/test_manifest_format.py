@@ -73,10 +73,14 @@ def test_a_missing_manifest(lora: Path) -> None:
         ('{"format": Infinity}', "Infinity is no JSON number"),
         ('{"format": ' + "9" * 5000 + "}", "no JSON"),
         ("{}", "no field 'format'"),
-        ('{"format": 2, "package_version": "9.9"}', "format 2, .*wrote it: 9.9"),
+        (
+            '{"format": 3, "package_version": "9.9"}',
+            "format 3, .*reads format 1 and 2.*wrote it: 9.9",
+        ),
         ('{"format": "1"}', "expected int"),
         ('{"format": true}', "expected int"),
         ('{"format": 1}', "no field 'checksum'"),
+        ('{"format": 0}', "format 0"),
     ],
 )
 def test_a_text_that_is_no_manifest(tmp_path: Path, text: str, said: str) -> None:
@@ -109,6 +113,12 @@ WRONG_TYPES: list[tuple[str, Callable[[dict[str, Any]], object]]] = [
     ("the manifest.verified is 1", lambda m: m.update(verified=1)),
     ("the manifest.reason is 3", lambda m: m.update(reason=3)),
     ("no field 'reason'", lambda m: m.pop("reason")),
+    ("no field 'partitions'", lambda m: m.pop("partitions")),
+    ("no field 'partitioned_by'", lambda m: m.pop("partitioned_by")),
+    ("partitions.0 is", lambda m: m.update(partitions={"0": 3})),
+    ("partitions.0.a.shape is", lambda m: m.update(partitions={"0": {"a": {"shape": 3}}})),
+    ("'0-8', expected bytes", lambda m: first_tensor(m).update(parts={"0-8": "0" * 32})),
+    ("32 hexadecimal", lambda m: first_tensor(m).update(parts={"0:8": "0"})),
     ("no field 'world_size'", lambda m: m.pop("world_size")),
     ("algorithm 'md5'", lambda m: m.update(algorithm="md5")),
     ("the manifest.tensors is", lambda m: m.update(tensors=[])),
@@ -139,6 +149,33 @@ def test_a_field_of_a_wrong_type(
     forged(lora, change)
     with pytest.raises(CheckpointError, match=said.replace(".", r"\.")):
         read_manifest(lora)
+
+
+def test_a_manifest_of_format_1_is_read(lora: Path) -> None:
+    """It had no parts and no partitions, and kept the type that packed weights were stored in."""
+    healthy = read_manifest(lora)
+    weight, other = list(healthy.tensors["frozen"])[:2]
+    parts = {"0:8": "0" * 32}
+    forged(lora, lambda m: m["tensors"]["frozen"][weight].update(parts=parts))
+    assert read_manifest(lora).tensors["frozen"][weight].parts == parts
+
+    def downgrade(content: dict[str, Any]) -> None:
+        del content["partitioned_by"], content["partitions"]
+        content["format"] = 1
+        frozen = content["tensors"]["frozen"]
+        del frozen[weight]["parts"]
+        frozen[weight].update(dtype="bfloat16", shape=[6, 1])
+        content["tensors"]["quantization"] = {f"{weight}.absmax": frozen[other]}
+
+    forged(lora, downgrade)
+    old = read_manifest(lora)
+    assert (old.format, healthy.format) == (1, 2)
+    assert (old.partitioned_by, old.partitions) == (None, {})
+    packed = old.tensors["frozen"][weight]
+    # Six numbers of two bytes; every other record is as it was.
+    assert (packed.dtype, packed.shape) == ("uint8", (12, 1))
+    assert old.tensors["frozen"][other] == healthy.tensors["frozen"][other]
+    assert (old.tensors["trainable"], old.files) == (healthy.tensors["trainable"], healthy.files)
 
 
 def test_a_forged_checksum_of_a_file_is_found_in_the_file(lora: Path) -> None:

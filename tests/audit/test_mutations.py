@@ -115,7 +115,8 @@ def first_slice_only() -> Any:
     start_next = FrozenBaseline.start_next
 
     def start_first(baseline: Any, step: int) -> Any:
-        baseline._next = 0
+        for ring in baseline._rings.values():
+            ring.at = 0
         return start_next(baseline, step)
 
     with mock.patch.object(FrozenBaseline, "start_next", start_first):

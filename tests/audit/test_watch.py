@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 from torch.distributed import HashStore
 
-from ranks import launcher_environment, free_port
+from ranks import free_port, launcher_environment
 from trl_sync.audit.rank_state import MissingRanks, Phase
 from trl_sync.audit.uncaught import name_missing_on_uncaught
 from trl_sync.audit.watch import EXIT_CODE, ProgressWatch

@@ -23,6 +23,7 @@ import engines
 import rollouts
 import runs
 import tiny
+from trl_sync import SyncAuditCallback
 from trl_sync.backbone.loading import load_base
 from trl_sync.backbone.quantization import nf4_config
 from trl_sync.ppo import experience
@@ -189,12 +190,17 @@ def generated_runs(engine: str, folder: Path) -> dict[str, Any]:
         # As a script does: the arguments come first, which changes how models are loaded.
         tiny.config(folder / "unused", **engines.settings(engine))
         engines.start_anew(engine)
-        trainer = runs.make(folder, model=base(folder, "nf4"), peft_config=lora, **options)
+        audit = SyncAuditCallback()
+        trainer = runs.make(
+            folder, model=base(folder, "nf4"), peft_config=lora, callbacks=[audit], **options
+        )
         answered = None if resume else trainer.completions(tiny.prompts(5))
         trainer.train(resume_from_checkpoint=resume)
         outcomes.append(checksums(whole_parameters(trainer)))
+        assert audit.summary().desyncs == 0
         if resume is None:
             first = {
+                "audits": audit.summary().audits,
                 "answers_before": len(answered["query"]),
                 "frozen": frozen_bytes(trainer),
                 "evaluated": trainer.evaluate(tiny.prompts(5))["eval_objective/response_length"],

@@ -123,6 +123,14 @@ def test_a_resumed_run_equals_the_uninterrupted_one(outcome: Any) -> None:
     engine_table.note(engine, ranks, resumed_equal=True)
 
 
+def test_every_update_was_audited(outcome: Any) -> None:
+    engine, ranks, _, answers = outcome
+    # At the start, after each of 8 updates, at two saves and at the end, where they are due.
+    assert {answer["audits"] for answer in answers} == {answers[0]["audits"]}
+    assert answers[0]["audits"] >= 1 + 8 + 1
+    engine_table.note(engine, ranks, audits=answers[0]["audits"])
+
+
 def test_what_was_saved_is_whole(outcome: Any) -> None:
     """The policy in `final` and in the last checkpoint is what the ranks ended with."""
     _, _, folder, answers = outcome

@@ -15,9 +15,15 @@ from torch import nn
 from trl_sync._version import __version__
 from trl_sync.audit.compare import Comparison
 from trl_sync.audit.config import AuditConfig
-from trl_sync.audit.coverage import coverage
+from trl_sync.audit.coverage import coverage, gaps
 from trl_sync.audit.digest import CPU_ALGORITHM, GPU_ALGORITHM
-from trl_sync.audit.engine import engine_name, not_distributed, unavailable_scopes
+from trl_sync.audit.engine import (
+    engine_name,
+    keeps_no_gradients,
+    not_distributed,
+    unavailable_scopes,
+    uncompared_parts,
+)
 from trl_sync.audit.findings import AuditSummary, Cause, Finding, Scope, SyncReport
 from trl_sync.audit.inventory import Inventory, torch_optimizer
 from trl_sync.audit.judge import Judge
@@ -25,9 +31,11 @@ from trl_sync.audit.rank_state import MissingRanks, Phase
 from trl_sync.audit.reaction import Reaction
 from trl_sync.audit.repair import repair
 from trl_sync.audit.selftest import self_test
-from trl_sync.audit.snapshot import Kind, Snapshot
+from trl_sync.audit.sharding import Reach
+from trl_sync.audit.snapshot import Kind, Snapshot, checksum_of
 from trl_sync.audit.snapshotter import History, Snapshotter
 from trl_sync.audit.uncaught import name_missing_on_uncaught
+from trl_sync.audit.update_hooks import LoopHooks
 from trl_sync.audit.watch import ProgressWatch
 from trl_sync.errors import AuditError, ConfigError, DesyncError
 
@@ -64,7 +72,6 @@ class SyncAuditor:
     inventory: Inventory
     watch: ProgressWatch
     _delayed: Snapshot | None
-    _updates: int
 
     def __init__(
         self,
@@ -91,6 +98,9 @@ class SyncAuditor:
         Usable as a context manager, which detaches at the end. Every rank must call it.
         """
         self.begin()
+        self._attached = True
+        if self._hooks.inside_backward:
+            return self
         inner = torch_optimizer(self._optimizer)
         if not hasattr(inner, "register_step_pre_hook"):
             self.detach()
@@ -154,16 +164,19 @@ class SyncAuditor:
             self.drain()
             step = self._step if step is None else step
             return self._settle(
-                self._snapshotter.full(Kind.FULL, step, self._next_audit(), self._updates)
+                self._snapshotter.full(Kind.FULL, step, self._next_audit(), self._hooks.updates)
             )
 
     # What a trainer calls.
 
-    def begin(self, step: int = 0) -> None:
+    def begin(self, step: int = 0, *, wants_fsdp: bool = False) -> None:
         """Makes the group, proves that the audit works, audits everything once. Collective.
+
+        `wants_fsdp`: the training arguments ask for FSDP, which must run then.
 
         Raises:
             DesyncError: ranks do not start alike, or are not distributed at all.
+            ConfigError: `on_desync="repair"` with state that is sharded.
             AuditError: the self-test failed.
         """
         if self._begun:
@@ -172,11 +185,11 @@ class SyncAuditor:
         self._reset(step)
         with self._timed():
             try:
-                self._open()
+                self._open(wants_fsdp)
                 snapshot = self._snapshotter.full(Kind.BEGIN, step, self._next_audit(), 0)
                 self._settle(snapshot)
                 self.watch.advance(step, Phase.AUDITED)
-            except (DesyncError, AuditError):
+            except (DesyncError, AuditError, ConfigError):
                 self.detach()
                 raise
             except BaseException:
@@ -188,7 +201,14 @@ class SyncAuditor:
         self.watch.advance(step, Phase.STEP_BEGUN)
 
     def before_update(self, step: int) -> None:
-        """Gradients are final, the optimizer has not moved: the last look before update `step`."""
+        """Gradients are final, the optimizer has not moved: the last look before update `step`.
+
+        Under DeepSpeed, which updates inside `backward`, that look was taken there.
+        """
+        if not self._hooks.inside_backward:
+            self._look_before(step)
+
+    def _look_before(self, step: int) -> None:
         self.watch.advance(step, Phase.BEFORE_UPDATE)
         with self._timed():
             self.drain()
@@ -202,8 +222,8 @@ class SyncAuditor:
         report = None
         if self._due(step):
             with self._timed():
-                snapshot = self._snapshotter.after_update(step, self._next_audit(), self._updates)
-                self._updates = 0
+                updates, self._hooks.updates = self._hooks.updates, 0
+                snapshot = self._snapshotter.after_update(step, self._next_audit(), updates)
                 self.watch.advance(step, Phase.COMPARING)
                 if self._blocking:
                     report = self._settle(snapshot)
@@ -274,12 +294,12 @@ class SyncAuditor:
         self._started_s = time.perf_counter()
         self._stack = contextlib.ExitStack()
         self._step = step
-        self._updates, self._had_backward = 0, False
+        self._hooks, self._attached = LoopHooks(), False
         self._num_audits = self._size_bytes = 0
         self._seconds, self._timing = 0.0, 0
         self._delayed = None
 
-    def _open(self) -> None:
+    def _open(self, wants_fsdp: bool) -> None:
         self.comparison = Comparison(
             timeout_s=EXCHANGE_TIMEOUT_S,
             meeting_s=10 * self.config.timeout_s,
@@ -288,17 +308,24 @@ class SyncAuditor:
         self._stack.callback(self.comparison.close)
         self.reaction = Reaction(self.comparison, self.config, self._output_dir)
         self._stack.callback(self.reaction.close)
-        alone = not_distributed(self._state, self.comparison.world_size)
+        alone = not_distributed(self._state, self.comparison.world_size, wants_fsdp)
         if alone is not None:
             # There is no group to share the verdict in; every rank finds the same by itself.
             raise self.refuse(alone)
         self._watch_progress()
         self.inventory = Inventory(self._model, self._optimizer, self.config.modules)
+        self._stack.callback(self.inventory.close)
+        self._check_repair()
         self._unavailable = unavailable_scopes(self._state)
-        self._snapshotter = Snapshotter(self.inventory, self.config, self._active_scopes())
+        self._snapshotter = Snapshotter(
+            self.inventory,
+            self.config,
+            self._active_scopes(),
+            has_gradients=not keeps_no_gradients(self._state),
+        )
         self._stack.callback(self._snapshotter.close)
-        self._judge = Judge(self.comparison, self._snapshotter, self.config.every_steps)
-        self._count_updates()
+        self._judge = self._make_judge()
+        self._listen()
         on_gpu = any(tensor.is_cuda for tensor in self.inventory.trainable.tensors)
         wanted = True if self.config.on_desync == "repair" else self.config.blocking
         self._blocking = not on_gpu if wanted is None else wanted
@@ -309,6 +336,37 @@ class SyncAuditor:
         if self.config.self_test:
             self_test_s = self_test(self.comparison, sorted(devices))
         self._write_first_line(self_test_s)
+
+    def _check_repair(self) -> None:
+        """Nothing, if a repair could copy everything that ranks hold.
+
+        Raises:
+            ConfigError: it could not; on every rank.
+        """
+        engine = engine_name(self._state)
+        in_parts = engine == "DEEPSPEED" or self.inventory.is_sharded
+        if in_parts and self.config.on_desync == "repair":
+            raise ConfigError(
+                "on_desync='repair' copies the state of a rank of the majority, but under "
+                f"{engine} ranks hold parts of parameters or optimizer that no other rank could "
+                "give them. Use on_desync='raise' or 'stop', and go on from the last checkpoint."
+            )
+
+    def _make_judge(self) -> Judge:
+        """The judge, with a group of its own for shards that several ranks hold."""
+        partition = self.inventory.partition
+        replicas = None
+        # Groups are made alike on all ranks or on none; if not, the first audit says why.
+        if all(self.comparison.agree([checksum_of(partition)])) and partition:
+            replicas = self.comparison.split(partition)
+        alone = any(layout.reach is Reach.SELF for layout in self.inventory.trainable.layouts)
+        return Judge(
+            self.comparison,
+            self._snapshotter,
+            self.config.every_steps,
+            replicas=replicas,
+            updates_shards=alone or engine_name(self._state) == "DEEPSPEED",
+        )
 
     def _watch_progress(self) -> None:
         self.watch = ProgressWatch(
@@ -324,36 +382,34 @@ class SyncAuditor:
     def _active_scopes(self) -> list[Scope]:
         return [s for s in Scope if self.config.audits(s) and s not in self._unavailable]
 
-    def _count_updates(self) -> None:
-        """Counts backward passes and real optimizer steps; a trainer counts skipped ones too."""
-        register = getattr(torch_optimizer(self._optimizer), "register_step_post_hook", None)
-        if register is not None:
-            self._stack.callback(register(self._count_update).remove)
-        trainable = self.inventory.trainable.tensors
-        self._sees_backward = bool(trainable) and engine_name(self._state) not in (
-            "DEEPSPEED",
-            "FSDP",
-        )
-        if self._sees_backward:
-            # Gradients of the last parameters come first: where they are, backward has begun.
-            hook = trainable[-1].register_post_accumulate_grad_hook(self._count_backward)
-            self._stack.callback(hook.remove)
-            for parameter in trainable:
-                # Any of them may be unused, on this rank or on all.
-                hook = parameter.register_post_accumulate_grad_hook(self._note_backward)
-                self._stack.callback(hook.remove)
+    def _listen(self) -> None:
+        """Hooks the loop: backward passes, and real optimizer steps."""
+        engine = engine_name(self._state)
+        if engine == "DEEPSPEED":
+            undos = self._hooks.listen_inside_backward(
+                self._optimizer, self._before_engine_step, self._after_engine_step
+            )
+        else:
+            undos = self._hooks.listen(
+                self.inventory, self._optimizer, self.watch.count_backward, engine=engine
+            )
+        for undo in undos:
+            self._stack.callback(undo)
 
-    def _count_update(self, *args: Any) -> None:
-        self._updates += 1
+    def _before_engine_step(self) -> None:
+        self._look_before(self._step + 1)
 
-    def _count_backward(self, parameter: Any) -> None:
-        self.watch.count_backward()
-
-    def _note_backward(self, parameter: Any) -> None:
-        self._had_backward = True
+    def _after_engine_step(self) -> None:
+        if self._attached:
+            self.after_update(self._step + 1)
 
     def _write_first_line(self, self_test_s: float | None) -> None:
         inventory = self.inventory
+        uncompared = uncompared_parts(self._state, inventory)
+        scopes = {
+            scope.value: coverage(scope, inventory, self.config, self._unavailable, uncompared)
+            for scope in Scope
+        }
         self.note(
             "begin",
             version=__version__,
@@ -366,40 +422,29 @@ class SyncAuditor:
             on_desync=self.config.on_desync,
             blocking=self._blocking,
             self_test_s=self_test_s,
-            scopes={
-                scope.value: coverage(scope, inventory, self.config, self._unavailable)
-                for scope in Scope
-            },
+            scopes=scopes,
             roles={
                 role.name: {"trainable": role.trainable, "parameters": len(role.parameters)}
                 for role in inventory.roles
             },
             unavailable_tensors=inventory.unavailable,
         )
-        if inventory.unavailable and self.is_main_process:
-            name, reason = next(iter(inventory.unavailable.items()))
-            logger.warning(
-                "sync audit: %d tensors are not checked, such as %s: %s",
-                len(inventory.unavailable),
-                name,
-                reason,
-            )
-        for scope, reason in self._unavailable.items():
-            if self.config.audits(scope) and self.is_main_process:
-                logger.warning("sync audit: %s is not checked here: %s", scope, reason)
+        if self.is_main_process:
+            for gap in gaps(scopes, inventory, self.config):
+                logger.warning("sync audit: %s", gap)
 
     # Around each step of an attached optimizer.
 
     def _before_step(self, *args: Any) -> None:
-        if self._had_backward or not self._sees_backward:
+        if self._hooks.had_backward or not self._hooks.sees_backward:
             self.before_update(self._step + 1)
 
     def _after_step(self, *args: Any) -> None:
-        if self._sees_backward and not self._had_backward:
+        if self._hooks.sees_backward and not self._hooks.had_backward:
             # A step without a backward before it: the other ranks may not take it, and to wait for
             # them here would wait for ever. The next audit finds one update too many.
             return
-        self._had_backward = False
+        self._hooks.had_backward = False
         self.after_update(self._step + 1)
 
     # One audit.

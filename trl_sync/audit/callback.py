@@ -64,7 +64,7 @@ class SyncAuditCallback(TrainerCallback):
             output_dir=args.output_dir,
             **self._options,
         )
-        self._auditor.begin(state.global_step)
+        self._auditor.begin(state.global_step, wants_fsdp=bool(getattr(args, "fsdp", None)))
         declared = _declared_sync(args)
         if declared is not None:
             self._auditor.declare_sync(declared)

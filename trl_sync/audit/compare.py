@@ -5,6 +5,7 @@ Every rank calls them in the same order. On the healthy path there is one, of co
 
 from __future__ import annotations
 
+import copy
 import itertools
 from collections.abc import Callable, Sequence
 from datetime import timedelta
@@ -45,12 +46,15 @@ class Comparison:
         distributed = dist.is_available() and dist.is_initialized()
         self.world_size = dist.get_world_size() if distributed else 1
         self.rank = dist.get_rank() if distributed else 0
+        self.ranks = tuple(range(self.world_size))
         self._group: Any = None
+        self._timeout = timedelta(seconds=timeout_s)
+        self._parts: list[Comparison] = []
         if self.world_size > 1:
             self._meet(meeting_s)
             # A group of its own: training's collectives, on another backend perhaps, never
             # interleave with the audit's.
-            self._group = dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout_s))
+            self._group = dist.new_group(backend="gloo", timeout=self._timeout)
 
     def _meet(self, timeout_s: float) -> None:
         """Waits until every rank is here; without a collective, which would wait half an hour.
@@ -70,6 +74,23 @@ class Comparison:
                 f"rank {self.rank}. Every rank needs it: add the callback on all of them."
             ) from error
 
+    def split(self, partition: Sequence[Sequence[int]]) -> Comparison | None:
+        """A comparison of this rank with the others of its group; None if it is in none.
+
+        Collective: every rank passes the same disjoint groups of global ranks, in the same order.
+        Closing this comparison closes it as well.
+        """
+        own: Comparison | None = None
+        for ranks in partition:
+            group = dist.new_group(list(ranks), backend="gloo", timeout=self._timeout)
+            if self.rank in ranks:
+                own = copy.copy(self)
+                own._group, own._parts = group, []
+                own.ranks, own.world_size = tuple(ranks), len(ranks)
+        if own is not None:
+            self._parts.append(own)
+        return own
+
     def agree(self, values: Sequence[int]) -> list[bool]:
         """True where every rank passed the same number; the list is the same on every rank.
 
@@ -85,7 +106,7 @@ class Comparison:
         return (largest == ~smallest).tolist()
 
     def gather(self, value: Any) -> list[Any]:
-        """`value` of every rank, by rank; anything that pickles."""
+        """`value` of every rank, by its place in the group; anything that pickles."""
         if self._is_alone():
             return [value]
         gathered: list[Any] = [None] * self.world_size
@@ -125,7 +146,9 @@ class Comparison:
         self.gather(None)
 
     def close(self) -> None:
-        """Gives the group back; the default group must still be there."""
+        """Gives the groups back; the default group must still be there."""
+        for part in self._parts:
+            part.close()
         if self._group is not None and dist.is_initialized():
             dist.destroy_process_group(self._group)
         self._group, self._closed = None, True

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from trl_sync.audit.findings import Cause, Finding, Scope
@@ -22,6 +22,10 @@ class Evidence:
     `digests` are those of the slots that differ, by tensor. Of the trainable parameters, `edited`
     differ before the update from what they were after the last one, `added` were not there then,
     and `unmoved` were left alone by the update. `gradient_norms` are 0 for absent gradients.
+
+    `replicas` are the ranks with the same shards as this one, `replica_slots` the slots in which
+    they differ, `replica_digests` the checksums of these. `edited_shards` are those of `edited`
+    that no other rank holds, `empty_shards` parameters of which this rank holds nothing.
     """
 
     rank: int
@@ -39,6 +43,11 @@ class Evidence:
     gradient_norms: Mapping[str, float] = field(default_factory=dict)
     learning_rates: tuple[float, ...] = ()
     local: tuple[LocalFinding, ...] = ()
+    replicas: tuple[int, ...] = ()
+    replica_slots: frozenset[Slot] = frozenset()
+    replica_digests: Mapping[Slot, Mapping[str, bytes]] = field(default_factory=dict)
+    edited_shards: frozenset[str] = frozenset()
+    empty_shards: frozenset[str] = frozenset()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -70,14 +79,84 @@ def diagnose(
         return [_structure(evidence, context)]
     if counters & {"kind", "step", "updates", "audit"}:
         return [_skew(evidence, context)]
-    findings = _parameters_before(evidence, slots, context)
+    # Of the replicas of shards, each group is looked at like all ranks of what is replicated.
+    parted: list[tuple[Sequence[Evidence], set[Slot], tuple[int, ...]]]
+    parted = [(evidence, slots, ()), *_replica_groups(evidence)]
+    findings = _edited_shards(evidence, context)
+    for group, differing, ranks in parted:
+        findings += _among(ranks, _parameters_before(group, differing, context))
     findings += _local(evidence, context)
     causes = {finding.cause for finding in findings if finding.fatal}
-    findings += [f for f in _frozen(evidence, slots, context) if f.cause not in causes]
-    if Slot.BEFORE not in slots or not findings:
-        findings += _update(evidence, slots, context)
-    findings += _buffers(evidence, slots, context)
+    for group, differing, ranks in parted:
+        found = [f for f in _frozen(group, differing, context) if f.cause not in causes]
+        findings += _among(ranks, found)
+    if not findings or not any(Slot.BEFORE in differing for _, differing, _ in parted):
+        for group, differing, ranks in parted:
+            findings += _among(ranks, _update(group, differing, context))
+    for group, differing, ranks in parted:
+        findings += _among(ranks, _buffers(group, differing, context))
+    if "rates" in counters and not any(finding.fatal for finding in findings):
+        findings.append(_different_rates(evidence, context))
     return findings
+
+
+def _replica_groups(
+    evidence: Sequence[Evidence],
+) -> Iterator[tuple[Sequence[Evidence], set[Slot], tuple[int, ...]]]:
+    """What the ranks of each group know that hold the same shards and differ: with the checksums of
+    these shards, the slots in which they differ, and who they are.
+    """
+    for ranks in sorted({item.replicas for item in evidence if item.replica_slots}):
+        group = [
+            replace(item, digests=item.replica_digests)
+            for item in evidence
+            if item.replicas == ranks
+        ]
+        yield group, set(group[0].replica_slots), ranks
+
+
+def _among(ranks: tuple[int, ...], findings: Iterable[Finding]) -> list[Finding]:
+    return [replace(finding, replicas=ranks) for finding in findings]
+
+
+def _edited_shards(evidence: Sequence[Evidence], context: Context) -> list[Finding]:
+    """Shards that nobody else holds, edited between two updates on some of the ranks only."""
+    names: dict[str, tuple[int, ...]] = {}
+    for name in sorted({name for item in evidence for name in item.edited_shards}):
+        ranks = tuple(item.rank for item in evidence if name in item.edited_shards)
+        holders = [item.rank for item in evidence if name not in item.empty_shards]
+        if set(ranks) != set(holders):
+            names[name] = ranks
+    if not names:
+        return []
+    first = next(iter(names))
+    ranks = tuple(sorted({rank for members in names.values() for rank in members}))
+    return [
+        Finding(
+            cause=Cause.EDITED_OUTSIDE_STEP,
+            step=context.step,
+            ranks=ranks,
+            scope=Scope.TRAINABLE,
+            tensor=first,
+            role=context.role_of.get(first),
+            num_tensors=len(names),
+            last_equal_step=context.last_equal_step,
+            evidence=f"Its shard on {_named(names[first])} changed after the last update.",
+        )
+    ]
+
+
+def _different_rates(evidence: Sequence[Evidence], context: Context) -> Finding:
+    groups = _groups(evidence, lambda item: ", ".join(f"{r:.6g}" for r in item.learning_rates))
+    return Finding(
+        cause=Cause.OPTIMIZER_DIVERGED,
+        step=context.step,
+        ranks=_odd(groups, len(evidence)),
+        scope=Scope.TRAINABLE,
+        last_equal_step=context.last_equal_step,
+        evidence="Each rank updates a part of the parameters, with another learning rate: "
+        f"{_listing(groups)}.",
+    )
 
 
 def majority(groups: Mapping[object, Sequence[int]], num_ranks: int) -> tuple[int, ...] | None:
@@ -98,7 +177,10 @@ def _different_algorithms(evidence: Sequence[Evidence], context: Context) -> Fin
 
 
 def _structure(evidence: Sequence[Evidence], context: Context) -> Finding:
-    schemas = [{(scope, name): form for scope, name, *form in e.schema} for e in evidence]
+    # One look for all ranks with the same schema: of thousands, most have it.
+    alike = dict.fromkeys(e.schema for e in evidence)
+    by_schema = {schema: {(s, n): form for s, n, *form in schema} for schema in alike}
+    schemas = list(by_schema.values())
     keys = list(dict.fromkeys(key for schema in schemas for key in schema))
     different = [key for key in keys if len({str(schema.get(key)) for schema in schemas}) > 1]
     if not different:
@@ -110,7 +192,7 @@ def _structure(evidence: Sequence[Evidence], context: Context) -> Finding:
             evidence="The tensors are the same, but in another order.",
         )
     scope, name = different[0]
-    forms = {e.rank: schema.get((scope, name)) for e, schema in zip(evidence, schemas, strict=True)}
+    forms = {e.rank: by_schema[e.schema].get((scope, name)) for e in evidence}
     groups = _groups(evidence, lambda item: str(forms[item.rank]))
     present = [rank for rank, form in forms.items() if form is not None]
     if len(present) < len(evidence):
@@ -378,7 +460,9 @@ def _finding(
 
 
 def _different(evidence: Sequence[Evidence], slot: Slot) -> list[str]:
-    tables = [item.digests[slot] for item in evidence]
+    # One look for all equal tables.
+    distinct = {(tuple(t), tuple(t.values())): t for t in (e.digests[slot] for e in evidence)}
+    tables = list(distinct.values())
     names = dict.fromkeys(name for table in tables for name in table)
     return [name for name in names if len({table.get(name) for table in tables}) > 1]
 
@@ -394,7 +478,7 @@ def _groups(
 
 def _odd(groups: Mapping[object, Sequence[int]], num_ranks: int) -> tuple[int, ...]:
     """The minority; without a majority nobody knows who is right, so everybody."""
-    right = majority(groups, num_ranks) or ()
+    right = set(majority(groups, num_ranks) or ())
     return tuple(r for members in groups.values() for r in members if r not in right)
 
 

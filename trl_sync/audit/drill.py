@@ -1,13 +1,13 @@
 """A small training job on a frozen 4-bit base, on which every fault can be planted.
 
 LoRA adapters on an NF4 base, a frozen reference with a dropout layer, a frozen reward head outside
-the wrapped model, AdamW and two micro-batches an update, under DistributedDataParallel. All of it
-is made on the spot; the ranks' data differ and follow from seed, update, micro-batch and rank.
+the wrapped model, AdamW and two micro-batches an update, under the engine that accelerate's
+environment chooses: DistributedDataParallel, ZeRO-1 to 3, FSDP2 or HSDP. All of it is made on the
+spot; the ranks' data differ and follow from seed, update, micro-batch and rank.
 """
 
 from __future__ import annotations
 
-import copy
 import inspect
 import os
 from collections.abc import Callable, Mapping
@@ -19,7 +19,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from trl_sync.audit.drill_engine import make_accelerator, release, storage_dtype
 from trl_sync.audit.faults import FAULTS, Planted, launched_alone
+from trl_sync.audit.faults.state import capture, restore
 
 HIDDEN = 128
 VOCABULARY = 96
@@ -33,13 +35,14 @@ JOB_OPTIONS: dict[str, dict[str, Any]] = {
 
 
 class DrillLayer(nn.Module):
-    """A residual block of two 4-bit projections."""
+    """A residual block of two 4-bit projections, packed into `storage`."""
 
-    def __init__(self) -> None:
+    def __init__(self, storage: torch.dtype) -> None:
         super().__init__()
         from bitsandbytes.nn import Linear4bit
 
-        options = {"bias": False, "compute_dtype": torch.float32, "quant_type": "nf4"}
+        options: dict[str, Any] = {"bias": False, "quant_type": "nf4", "quant_storage": storage}
+        options["compute_dtype"] = torch.float32
         self.norm = nn.LayerNorm(HIDDEN)
         self.q_proj = Linear4bit(HIDDEN, HIDDEN, **options)
         self.o_proj = Linear4bit(HIDDEN, HIDDEN, **options)
@@ -54,10 +57,13 @@ class DrillLayer(nn.Module):
 class DrillModel(nn.Module):
     """Token ids -> logits of the next token."""
 
-    def __init__(self) -> None:
+    # What FSDP shards and gathers as one, under the name that transformers gave it.
+    _no_split_modules = ("DrillLayer",)
+
+    def __init__(self, storage: torch.dtype = torch.uint8) -> None:
         super().__init__()
         self.embed_tokens = nn.Embedding(VOCABULARY, HIDDEN)
-        self.layers = nn.ModuleList(DrillLayer() for _ in range(LAYERS))
+        self.layers = nn.ModuleList(DrillLayer(storage) for _ in range(LAYERS))
         self.norm = nn.LayerNorm(HIDDEN)
         self.lm_head = nn.Linear(HIDDEN, VOCABULARY, bias=False)
 
@@ -83,21 +89,18 @@ class DrillJob:
         learning_rate: float = 1e-2,
         find_unused_parameters: bool = False,
     ) -> None:
-        from accelerate import Accelerator, DistributedDataParallelKwargs
-
         self.seed = seed
         self.max_grad_norm = max_grad_norm
         self.num_updates = 0
-        self.accelerator = Accelerator(
-            cpu=_needs_cpu(),
+        self.accelerator = make_accelerator(
+            micro_batch_size=SEQUENCES,
             gradient_accumulation_steps=gradient_accumulation_steps,
-            kwargs_handlers=[
-                DistributedDataParallelKwargs(find_unused_parameters=find_unused_parameters)
-            ],
+            max_grad_norm=max_grad_norm,
+            find_unused_parameters=find_unused_parameters,
         )
         with torch.random.fork_rng():
             torch.manual_seed(seed)
-            model = _adapted_model(self.accelerator.device)
+            model = _adapted_model(self.accelerator.device, storage_dtype(self.accelerator))
             self.reference = _frozen(
                 nn.Embedding(VOCABULARY, HIDDEN), nn.Dropout(0.1), nn.Linear(HIDDEN, VOCABULARY)
             ).to(self.accelerator.device)
@@ -163,33 +166,22 @@ class DrillJob:
 
     def trained_state(self, num_steps: int = 2) -> dict[str, Any]:
         """The job's state after `num_steps` more updates, which are taken back."""
-        before = self._state()
+        before = capture(self.model, self.optimizer)
         self.train(num_steps)
-        after = self._state()
-        self.unwrapped_model.load_state_dict(before["model"], strict=False)
-        self.optimizer.load_state_dict(before["optimizer"])
+        after = capture(self.model, self.optimizer)
+        restore(self.model, self.optimizer, before)
         self.num_updates -= num_steps
         return after
 
-    def _state(self) -> dict[str, Any]:
-        """State dicts of the trainable parameters ("model") and of the optimizer."""
-        named = self.unwrapped_model.named_parameters()
-        state = {
-            "model": {name: p.data for name, p in named if p.requires_grad},
-            "optimizer": self.optimizer.state_dict(),
-        }
-        return copy.deepcopy(state)
+    def close(self) -> None:
+        """Ends the job: what its engine keeps outside of it is let go."""
+        release(self.model)
 
 
-def _needs_cpu() -> bool:
-    """True unless each local rank finds a GPU of its own."""
-    return torch.cuda.device_count() < int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-
-
-def _adapted_model(device: torch.device) -> nn.Module:
+def _adapted_model(device: torch.device, storage: torch.dtype) -> nn.Module:
     from peft import LoraConfig, get_peft_model
 
-    base = DrillModel().to(device)  # the move quantizes
+    base = DrillModel(storage).to(device)  # the move quantizes
     # peft and accelerate read this mark from models that transformers loaded in 4 bits.
     vars(base)["is_loaded_in_4bit"] = True
     config = LoraConfig(r=4, target_modules=["q_proj", "o_proj"], lora_dropout=0.0)

@@ -6,14 +6,23 @@ import os
 from typing import Any
 
 from trl_sync.audit.findings import Cause, Finding, Scope
+from trl_sync.audit.inventory import Inventory
+from trl_sync.audit.sharding import Reach
 
-_SHARDED = "sharded state is not audited yet"
+_TENSOR_SCOPES = (
+    Scope.TRAINABLE,
+    Scope.GRADIENTS,
+    Scope.FROZEN,
+    Scope.QUANTIZATION,
+    Scope.OPTIMIZER,
+)
 
 
-def not_distributed(state: Any, num_processes: int) -> Finding | None:
+def not_distributed(state: Any, num_processes: int, wants_fsdp: bool = False) -> Finding | None:
     """The finding if the launcher started several processes, or FSDP, and accelerate has neither.
 
     `state` is an accelerate `Accelerator` or state; `num_processes` those that exchange checksums.
+    `wants_fsdp`: the training arguments ask for FSDP.
     """
     rank = int(os.environ.get("RANK", "0"))
     # accelerate may make a process group and train on each rank alone all the same.
@@ -25,9 +34,10 @@ def not_distributed(state: Any, num_processes: int) -> Finding | None:
             f"accelerate runs {num_processes}: each believes it is alone. On CPUs pass "
             "use_cpu=True in the training arguments (or Accelerator(cpu=True))."
         )
-    elif _asks_for_fsdp() and engine_name(state) != "FSDP":
+    elif (wants_fsdp or _asks_for_fsdp()) and engine_name(state) != "FSDP":
+        place = "the training arguments" if wants_fsdp else "ACCELERATE_USE_FSDP"
         text = (
-            "FSDP was asked for (ACCELERATE_USE_FSDP), but accelerate runs "
+            f"FSDP was asked for ({place}), but accelerate runs "
             f"{engine_name(state)}: it offers FSDP on accelerators only."
         )
     else:
@@ -45,26 +55,55 @@ def unavailable_scopes(state: Any) -> dict[Scope, str]:
     """The scopes that cannot be checked under this engine, each with the reason."""
     engine = engine_name(state)
     if engine == "DEEPSPEED":
-        plugin = getattr(state, "deepspeed_plugin", None)
-        stage = int(getattr(plugin, "zero_stage", 3))
-        missing = {
-            Scope.GRADIENTS: "DeepSpeed updates inside backward and keeps no .grad",
-            Scope.OPTIMIZER: f"partitioned by ZeRO-{stage}: {_SHARDED}",
+        stage = zero_stage(state)
+        form = f"ZeRO-{stage} partitions it" if stage else "DeepSpeed keeps it in its own form"
+        return {
+            Scope.GRADIENTS: "DeepSpeed reduces and uses gradients inside backward, and keeps no "
+            ".grad",
+            Scope.OPTIMIZER: f"{form}: no other rank holds the same part",
         }
-        if stage == 3:
-            missing[Scope.TRAINABLE] = missing[Scope.FROZEN] = f"ZeRO-3: {_SHARDED}"
-            missing[Scope.QUANTIZATION] = missing[Scope.FROZEN]
-        return missing
-    if engine in ("FSDP", "MEGATRON_LM"):
-        scopes = (
-            Scope.TRAINABLE,
-            Scope.GRADIENTS,
-            Scope.FROZEN,
-            Scope.QUANTIZATION,
-            Scope.OPTIMIZER,
+    if engine == "MEGATRON_LM":
+        return dict.fromkeys(_TENSOR_SCOPES, "Megatron-LM: its sharded state is not known here")
+    if is_fsdp1(state):
+        return dict.fromkeys(
+            _TENSOR_SCOPES, "FSDP1 mixes tensors in flat shards: use FSDP2 (fsdp_version: 2)"
         )
-        return dict.fromkeys(scopes, f"{engine}: {_SHARDED}")
     return {}
+
+
+def uncompared_parts(state: Any, inventory: Inventory) -> dict[Scope, str]:
+    """What cannot be compared of scopes that are audited otherwise, each with the reason."""
+    found = {}
+    if keeps_no_gradients(state):
+        found[Scope.ROLES] = (
+            "never_updated: whether a parameter should have moved is read from .grad, which "
+            "DeepSpeed does not keep"
+        )
+    trainable = inventory.trainable
+    alone = sum(layout.reach is Reach.SELF for layout in trainable.layouts)
+    if alone:
+        text = (
+            f"those of {alone} of {len(trainable)} parameters, which are sharded over all ranks: "
+            "no other rank holds the same part"
+        )
+        found[Scope.GRADIENTS] = found[Scope.OPTIMIZER] = text
+    return found
+
+
+def keeps_no_gradients(state: Any) -> bool:
+    """True if the engine has used and dropped the gradients before anybody can look at them."""
+    return engine_name(state) == "DEEPSPEED"
+
+
+def zero_stage(state: Any) -> int:
+    """DeepSpeed's ZeRO stage."""
+    return int(getattr(getattr(state, "deepspeed_plugin", None), "zero_stage", 3))
+
+
+def is_fsdp1(state: Any) -> bool:
+    """True if accelerate runs the older FSDP."""
+    plugin = getattr(getattr(state, "state", state), "fsdp_plugin", None)
+    return engine_name(state) == "FSDP" and int(getattr(plugin, "fsdp_version", 2)) == 1
 
 
 def _asks_for_fsdp() -> bool:

@@ -113,7 +113,8 @@ class Finding:
 
     `tensor` is the first one concerned of `num_tensors`; `ranks` are those that depart from the
     rest, or all that differ where neither number nor history tells who is right. `holders` lists
-    who holds which checksum. A finding that is not `fatal` is only warned about.
+    who holds which checksum. `replicas` are the ranks that hold the same shard, where only they
+    were compared. A finding that is not `fatal` is only warned about.
     """
 
     cause: Cause
@@ -128,6 +129,7 @@ class Finding:
     evidence: str = ""
     difference: Difference | None = None
     fatal: bool = True
+    replicas: tuple[int, ...] = ()
 
     def describe(self) -> str:
         """The message: where, who holds what, since when, why, and what to try."""
@@ -136,6 +138,9 @@ class Finding:
         lines = [first if first.endswith("...") else f"{first}."]
         if self.num_tensors > 1:
             lines.append(f"{self.num_tensors - 1} more tensor(s) with the same cause.")
+        if self.replicas:
+            shared = ",".join(map(str, self.replicas))
+            lines.append(f"Compared are the ranks {shared}, which hold the same shard of it.")
         if self.difference is not None:
             lines.append(f"{self.difference.describe()}.")
         cause = f"Cause: {self.cause}."

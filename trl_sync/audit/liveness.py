@@ -8,6 +8,8 @@ from enum import Enum
 import torch
 from torch import Tensor
 
+from trl_sync.audit.sharding import local_tensor
+
 # Updates in a row: one may be lost to rounding, an overflow or a clipped outlier.
 UPDATES = 3
 # Adam divides by |g| + 1e-8: far above that its update is about the learning rate.
@@ -79,7 +81,8 @@ def expected_motion(parameter: Tensor, learning_rate: float) -> Motion:
     the gradient is clear of its epsilon. Where that is less than the rounding of the parameter, a
     16-bit one stands still by underflow, and one of full precision says nothing.
     """
-    gradient = parameter.grad
+    # Of shards, each rank judges its own part.
+    gradient, parameter = local_tensor(parameter.grad), local_tensor(parameter)
     if gradient is None or gradient.is_sparse or learning_rate <= 0.0:
         return Motion.NOTHING
     if not parameter.dtype.is_floating_point:

@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import json
+import math
 import re
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, TypeVar
 
+import torch
 import xxhash
 
 from trl_sync.audit.checkpoint_files import FileRecord, is_inside
 
 MANIFEST_NAME = "sync_manifest.json"
-FORMAT = 1
+FORMAT = 2
+# Format 1 knew nothing of shards: neither `parts` nor `partitions` nor `partitioned_by`.
+READABLE_FORMATS = (1, 2)
 ALGORITHM = "xxh3-128"
 
 _T = TypeVar("_T")
@@ -25,11 +29,15 @@ class FormatError(ValueError):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TensorRecord:
-    """Checksum, dtype ("float32") and shape of a tensor as it was in memory."""
+    """Checksum, dtype ("float32") and shape of a tensor as it was in memory, whole.
+
+    `parts`: checksums of its byte ranges "start:stop" that single ranks held, if it was sharded.
+    """
 
     xxh3_128: str
     dtype: str
     shape: tuple[int, ...]
+    parts: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -44,6 +52,8 @@ class Manifest:
     reason: str | None
     tensors: Mapping[str, Mapping[str, TensorRecord]]
     files: Mapping[str, FileRecord]
+    partitioned_by: str | None = None
+    partitions: Mapping[str, Mapping[str, TensorRecord]] = field(default_factory=dict)
     format: int = FORMAT
     algorithm: str = ALGORITHM
 
@@ -51,6 +61,11 @@ class Manifest:
 def to_text(manifest: Manifest) -> str:
     """`manifest` as indented JSON with sorted keys and its own checksum."""
     content = asdict(manifest)
+    content["format"] = FORMAT
+    for named in (*content["tensors"].values(), *content["partitions"].values()):
+        for tensor in named.values():
+            if not tensor["parts"]:
+                del tensor["parts"]
     for record in content["files"].values():
         if record["tensors"] is None:
             del record["header"], record["tensors"]
@@ -73,12 +88,15 @@ def from_content(content: Mapping[str, Any]) -> Manifest:
             or content that is not what was written.
     """
     version = _field(content, "format", int, "the manifest")
-    if version != FORMAT:
+    if version not in READABLE_FORMATS:
+        known = " and ".join(map(str, READABLE_FORMATS))
         raise FormatError(
-            f"format {version}, this version of trl_sync reads format {FORMAT}. Check it with the "
+            f"format {version}, this version of trl_sync reads format {known}. Check it with the "
             f"version that wrote it: {content.get('package_version')}"
         )
     _check_own_checksum(content)
+    if version == 1:
+        content = {**content, "partitioned_by": None, "partitions": {}}
     manifest = Manifest(
         package_version=_field(content, "package_version", str, "the manifest"),
         created=_field(content, "created", str, "the manifest"),
@@ -86,13 +104,16 @@ def from_content(content: Mapping[str, Any]) -> Manifest:
         world_size=_field(content, "world_size", int, "the manifest"),
         verified=_field(content, "verified", bool, "the manifest"),
         reason=_optional_text(content, "reason"),
-        tensors=_scopes(_field(content, "tensors", dict, "the manifest")),
+        tensors=_scopes(content, "tensors"),
         files=_files(_field(content, "files", dict, "the manifest")),
+        partitioned_by=_optional_text(content, "partitioned_by"),
+        partitions=_scopes(content, "partitions"),
+        format=version,
         algorithm=_field(content, "algorithm", str, "the manifest"),
     )
     if manifest.algorithm != ALGORITHM:
         raise FormatError(f"algorithm {manifest.algorithm!r}, expected {ALGORITHM!r}")
-    return manifest
+    return manifest if version > 1 else _with_packed_as_bytes(manifest)
 
 
 def _check_own_checksum(content: Mapping[str, Any]) -> None:
@@ -105,13 +126,37 @@ def _check_own_checksum(content: Mapping[str, Any]) -> None:
         )
 
 
-def _scopes(content: dict[str, Any]) -> dict[str, dict[str, TensorRecord]]:
+def _with_packed_as_bytes(manifest: Manifest) -> Manifest:
+    """4-bit weights as bytes: format 1 kept the type that they happened to be stored in."""
+    packed = packed_weights(manifest.tensors.get("quantization", {}))
+    tensors = {
+        scope: {name: _as_bytes(r) if name in packed else r for name, r in records.items()}
+        for scope, records in manifest.tensors.items()
+    }
+    return replace(manifest, tensors=tensors)
+
+
+def packed_weights(quantization: Iterable[str]) -> set[str]:
+    """The 4-bit weights that tensors of these names say how to unpack."""
+    return {name.removesuffix(".absmax") for name in quantization if name.endswith(".absmax")}
+
+
+def _as_bytes(record: TensorRecord) -> TensorRecord:
+    dtype = getattr(torch, record.dtype, None)
+    if not isinstance(dtype, torch.dtype):
+        return record
+    size_bytes = math.prod(record.shape) * dtype.itemsize
+    return replace(record, dtype="uint8", shape=(size_bytes, 1))
+
+
+def _scopes(content: Mapping[str, Any], key: str) -> dict[str, dict[str, TensorRecord]]:
+    scopes = _field(content, key, dict, "the manifest")
     return {
         scope: {
-            name: _tensor(record, f"tensors.{scope}.{name}")
-            for name, record in _field(content, scope, dict, "tensors").items()
+            name: _tensor(record, f"{key}.{scope}.{name}")
+            for name, record in _field(scopes, scope, dict, key).items()
         }
-        for scope in content
+        for scope in scopes
     }
 
 
@@ -119,10 +164,15 @@ def _tensor(record: Any, where: str) -> TensorRecord:
     shape = _field(record, "shape", list, where)
     if not all(type(size) is int and size >= 0 for size in shape):
         raise FormatError(f"{where}.shape is {shape!r}, expected a list of sizes")
+    parts = _field(record, "parts", dict, where) if "parts" in record else {}
+    for span in parts:
+        if not re.fullmatch(r"\d+:\d+", span):
+            raise FormatError(f"{where}.parts holds {span!r}, expected bytes as 'start:stop'")
     return TensorRecord(
         xxh3_128=_checksum(record, "xxh3_128", where),
         dtype=_field(record, "dtype", str, where),
         shape=tuple(shape),
+        parts={span: _checksum(parts, span, f"{where}.parts") for span in parts},
     )
 
 

@@ -10,7 +10,8 @@ from torch import Tensor
 
 from trl_sync.audit.compare import Comparison
 from trl_sync.audit.findings import Cause, Finding, SyncReport
-from trl_sync.audit.inventory import Inventory, NamedTensors, torch_optimizer
+from trl_sync.audit.inventory import Inventory, torch_optimizer
+from trl_sync.audit.named_tensors import NamedTensors
 from trl_sync.audit.snapshotter import Snapshotter
 from trl_sync.errors import DesyncError
 

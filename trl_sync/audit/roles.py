@@ -120,7 +120,8 @@ def _dropout_rates(module: nn.Module) -> Iterator[tuple[str, float]]:
 
 
 def _frozen_roles_that_train(inventory: Inventory) -> Iterator[LocalFinding]:
-    optimized = {id(parameter) for parameter in inventory.optimizer_parameters()}
+    partitioned = inventory.zero_parameters()
+    optimized = {id(p) for p in (*inventory.optimizer_parameters(), *partitioned)}
     names = {id(p): name for name, p in inventory.trainable.items()}
     names |= {id(p): name for name, p in inventory.frozen.items()}
     for role in inventory.roles:
@@ -145,7 +146,8 @@ def _frozen_roles_that_train(inventory: Inventory) -> Iterator[LocalFinding]:
 
 
 def _missing_in_optimizer(inventory: Inventory) -> Iterator[LocalFinding]:
-    optimized = {id(parameter) for parameter in inventory.optimizer_parameters()}
+    partitioned = inventory.zero_parameters()
+    optimized = {id(p) for p in (*inventory.optimizer_parameters(), *partitioned)}
     if not optimized:
         return
     own = [id(p) for _, p in inventory.trainable.items()]
@@ -153,7 +155,8 @@ def _missing_in_optimizer(inventory: Inventory) -> Iterator[LocalFinding]:
     missing = [name for name, p in inventory.trainable.items() if id(p) not in optimized]
     # Engines optimize copies of their own, and some optimizers hold nothing but a placeholder: then
     # only liveness can tell.
-    copies = len(optimized - set(own))
+    # ZeRO's optimizer knows which parameters its partitions stand for.
+    copies = 0 if partitioned else len(optimized - set(own))
     held = len(inventory.trainable) - len(missing)
     if missing and held and copies < len(missing):
         yield LocalFinding(

@@ -11,11 +11,13 @@ from torch import Tensor
 from trl_sync.audit.baseline import FrozenBaseline
 from trl_sync.audit.config import AuditConfig
 from trl_sync.audit.diagnose import BATCH_STATISTICS
-from trl_sync.audit.digest import Digester
+from trl_sync.audit.digest import ABSENT, Digester
 from trl_sync.audit.findings import Cause, Scope
-from trl_sync.audit.inventory import Inventory, NamedTensors
+from trl_sync.audit.inventory import Inventory
 from trl_sync.audit.liveness import Liveness, Motion
+from trl_sync.audit.named_tensors import NamedTensors
 from trl_sync.audit.roles import LocalFinding, RoleWatch, check_roles
+from trl_sync.audit.sharding import Reach
 from trl_sync.audit.snapshot import Checksums, Kind, Slot, Snapshot, Taken
 
 
@@ -24,12 +26,13 @@ class History:
     """How the trainable parameters of a snapshot changed, by the checksums before it.
 
     `edited`: between the last update and this one; `added`: not there then; `unmoved`: by the
-    update itself.
+    update itself. `edited_shards` are those of `edited` that no other rank holds.
     """
 
     edited: frozenset[str] = frozenset()
     added: frozenset[str] = frozenset()
     unmoved: frozenset[str] = frozenset()
+    edited_shards: frozenset[str] = frozenset()
 
 
 @dataclass(slots=True)
@@ -42,8 +45,17 @@ class _BeforeUpdate:
 class Snapshotter:
     """Snapshots of one rank: call `before_update`, `after_update`, or `full`, then `resolve`."""
 
-    def __init__(self, inventory: Inventory, config: AuditConfig, scopes: Sequence[Scope]) -> None:
+    def __init__(
+        self,
+        inventory: Inventory,
+        config: AuditConfig,
+        scopes: Sequence[Scope],
+        *,
+        has_gradients: bool = True,
+    ) -> None:
         self.inventory = inventory
+        # Without them nothing says what should have moved.
+        self._has_gradients = has_gradients
         self._scopes = frozenset(scopes)
         self._cover_steps = config.frozen_cover_steps
         self.baseline = FrozenBaseline(
@@ -75,13 +87,14 @@ class Snapshotter:
         trainable, inventory = self.inventory.trainable, self.inventory
         self._before = _BeforeUpdate()
         if Scope.TRAINABLE in self._scopes:
-            self._take(self._before.taken, Slot.BEFORE, trainable.names, trainable.tensors)
-            self._before.expected = self._liveness.expect(
-                trainable.names, trainable.tensors, inventory.learning_rates
-            )
+            self._take_named(self._before.taken, Slot.BEFORE, inventory.looked_at(Scope.TRAINABLE))
+            if self._has_gradients:
+                self._before.expected = self._liveness.expect(
+                    trainable.names, trainable.tensors, inventory.learning_rates
+                )
         if Scope.GRADIENTS in self._scopes:
-            gradients = inventory.gradients()
-            self._take(self._before.taken, Slot.GRADIENTS, trainable.names, gradients)
+            gradients, named = inventory.gradients(), inventory.looked_at(Scope.TRAINABLE)
+            self._take(self._before.taken, Slot.GRADIENTS, named.names, gradients, named.reaches())
             if self.keeps_gradient_norms:
                 self._before.gradient_norms = _norms(gradients)
 
@@ -129,7 +142,12 @@ class Snapshotter:
         """
         names = {slot: taken.names for slot, taken in snapshot.taken.items()}
         digests = {slot: taken.pending.result() for slot, taken in snapshot.taken.items()}
-        checksums = Checksums(names=names, digests=digests)
+        reaches = {
+            slot: taken.reaches
+            for slot, taken in snapshot.taken.items()
+            if taken.reaches is not None
+        }
+        checksums = Checksums(names=names, digests=digests, reaches=reaches)
         self._resolve_frozen(snapshot, checksums)
         history = self._history(snapshot, checksums)
         if snapshot.kind is Kind.UPDATE and snapshot.updates:
@@ -150,7 +168,7 @@ class Snapshotter:
 
     def gradient_norms(self, snapshot: Snapshot) -> dict[str, float]:
         """The norm of each gradient, 0.0 where there is none; asked when something differs."""
-        names = self.inventory.trainable.names
+        names = self.inventory.looked_at(Scope.TRAINABLE).names
         if snapshot.gradient_norms is not None:
             kept = [0.0 if norm is None else float(norm) for norm in snapshot.gradient_norms]
             return dict(zip(names, kept, strict=False))
@@ -174,25 +192,36 @@ class Snapshotter:
         slot: Slot,
         names: Sequence[str],
         tensors: Sequence[Tensor | None],
+        reaches: Sequence[Reach] | None = None,
     ) -> None:
         digester = self._digesters.setdefault(slot, Digester())
-        taken[slot] = Taken(names=names, pending=digester.start(tensors))
+        taken[slot] = Taken(names=names, pending=digester.start(tensors), reaches=reaches)
+
+    def _take_named(self, taken: dict[Slot, Taken], slot: Slot, named: NamedTensors) -> None:
+        self._take(taken, slot, named.names, named.own(), named.reaches())
 
     def _take_parameters(self, snapshot: Snapshot, slot: Slot) -> None:
         if Scope.TRAINABLE in self._scopes:
-            trainable = self.inventory.trainable
-            self._take(snapshot.taken, slot, trainable.names, trainable.tensors)
+            self._take_named(snapshot.taken, slot, self.inventory.looked_at(Scope.TRAINABLE))
 
     def _take_rest(self, snapshot: Snapshot) -> None:
         """What is looked at once in `frozen_cover_steps`."""
         if Scope.OPTIMIZER in self._scopes:
-            state = self.inventory.optimizer_state()
-            self._take(snapshot.taken, Slot.OPTIMIZER, state.names, state.tensors)
+            self._take_state(snapshot, Slot.OPTIMIZER, self.inventory.optimizer_state())
         if Scope.BUFFERS in self._scopes:
-            buffers = _without_batch_statistics(self.inventory.buffers)
-            self._take(snapshot.taken, Slot.BUFFERS, buffers.names, buffers.tensors)
+            self._take_state(
+                snapshot, Slot.BUFFERS, _without_batch_statistics(self.inventory.buffers)
+            )
         if Scope.RNG in self._scopes:
             self._take(snapshot.taken, Slot.RNG, ["cpu"], [torch.get_rng_state()])
+
+    def _take_state(self, snapshot: Snapshot, slot: Slot, named: NamedTensors) -> None:
+        """What moves in every update: nothing can be said of shards that no other rank holds."""
+        own = named.own()
+        if not named.is_plain:
+            pairs = zip(own, named.layouts, strict=True)
+            own = [None if layout.reach is Reach.SELF else tensor for tensor, layout in pairs]
+        self._take(snapshot.taken, slot, named.names, own, named.reaches())
 
     def _check_roles(self) -> list[LocalFinding]:
         return check_roles(self.inventory) if Scope.ROLES in self._scopes else []
@@ -214,12 +243,13 @@ class Snapshotter:
         pieces, digests = snapshot.frozen.pieces, snapshot.frozen.pending.result()
         for slot in (Slot.FROZEN, Slot.QUANTIZATION):
             chosen = [
-                (piece.label, digest)
+                (piece, digest)
                 for piece, digest in zip(pieces, digests, strict=True)
                 if piece.scope == slot.scope
             ]
-            checksums.names[slot] = [label for label, _ in chosen]
+            checksums.names[slot] = [piece.label for piece, _ in chosen]
             checksums.digests[slot] = [digest for _, digest in chosen]
+            checksums.reaches[slot] = [piece.reach for piece, _ in chosen]
         # Replaced tensors are all looked at now, by this rank for itself: the slices of the ranks
         # must stay in step.
         if self.baseline.compare(pieces, digests) or self._tensors_replaced:
@@ -275,12 +305,14 @@ class Snapshotter:
             if last_names is names or last_names == names:
                 # One comparison of two lists on the healthy path.
                 pairs = zip(names, last, before, strict=True) if last != before else ()
-                changed = frozenset(name for name, then, now in pairs if then != now)
+                changed = frozenset(n for n, then, now in pairs if _moved(then, now))
             else:
                 known = dict(zip(last_names, last, strict=True))
                 now_by_name = dict(zip(names, before, strict=True))
                 added = frozenset(now_by_name) - frozenset(known)
-                changed = frozenset(n for n, d in now_by_name.items() if known.get(n, d) != d)
+                changed = frozenset(
+                    n for n, now in now_by_name.items() if _moved(known.get(n, now), now)
+                )
             # After several updates since, or before the first, a change is none.
             edited = changed if snapshot.updates == (snapshot.kind is Kind.UPDATE) else edited
         after_names = checksums.names.get(Slot.AFTER)
@@ -288,7 +320,14 @@ class Snapshotter:
         if after is not None and (after_names is names or after_names == names):
             still = zip(names, before, after, strict=True)
             unmoved = frozenset(name for name, then, now in still if then == now)
-        return History(edited=edited, added=added, unmoved=unmoved)
+        return History(
+            edited=edited,
+            added=added,
+            unmoved=unmoved,
+            edited_shards=edited.intersection(checksums.by_name(Slot.BEFORE, Reach.SELF))
+            if edited
+            else edited,
+        )
 
     def _dead_parameters(
         self, snapshot: Snapshot, checksums: Checksums, history: History
@@ -321,6 +360,11 @@ class Snapshotter:
         return findings
 
 
+def _moved(then: bytes, now: bytes) -> bool:
+    """True if both are checksums, and different: ZeRO-3 may have gathered a tensor only now."""
+    return then != now and ABSENT not in (then, now)
+
+
 def _norms(gradients: Sequence[Tensor | None]) -> list[Tensor | None]:
     """The norm of each gradient, on its device and without waiting for it."""
     present = [g.detach() for g in gradients if g is not None]
@@ -331,7 +375,7 @@ def _norms(gradients: Sequence[Tensor | None]) -> list[Tensor | None]:
 
 def _without_batch_statistics(buffers: NamedTensors) -> NamedTensors:
     kept = NamedTensors()
-    for name, buffer in buffers.items():
+    for name, buffer, layout in zip(buffers.names, buffers.tensors, buffers.layouts, strict=True):
         if name.rpartition(".")[2] not in BATCH_STATISTICS:
-            kept.add(name, buffer)
+            kept.add(name, buffer, layout)
     return kept

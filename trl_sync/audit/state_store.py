@@ -61,7 +61,10 @@ class StateStore:
 
     def _read(self, ranks: Collection[int]) -> dict[int, RankState | None]:
         # A read of a missing key blocks: ask first, until the key is there.
-        for rank in set(ranks) - self._known:
+        unknown = set(ranks) - self._known
+        if unknown and self._connection.check([self._key(rank) for rank in unknown]):
+            self._known |= unknown  # One question where all are there, as they are after a start.
+        for rank in unknown - self._known:
             if self._connection.check([self._key(rank)]):
                 self._known.add(rank)
         known = [rank for rank in ranks if rank in self._known]

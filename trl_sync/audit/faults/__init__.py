@@ -4,6 +4,9 @@ Each plants one fault on one rank, or on all where that is its nature, and yield
 tells whether it has struck and where. When the block ends every hook and patch is gone; the damage
 stays, save where a function says otherwise. `step` is the 1-based number of an optimizer update
 counted from the start of the block. `FAULTS` has all of them by name with the expected cause.
+
+They strike what the engine really holds: a shard of FSDP2, a partition of ZeRO-3, a replica of the
+others. `engines.py` tells what the audit names under each engine, and what cannot be planted there.
 """
 
 from trl_sync.audit.faults.between_steps import (

@@ -9,11 +9,13 @@ import warnings
 from contextlib import AbstractContextManager
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 from torch.optim import Optimizer
 
+from trl_sync.audit.faults.engines import refuse_if_absent
 from trl_sync.audit.faults.planting import (
     Planted,
+    Suitable,
     UpdateClock,
     bytes_of,
     in_first_forward,
@@ -21,6 +23,12 @@ from trl_sync.audit.faults.planting import (
     is_trainable,
     pick,
     require_optimizer,
+)
+from trl_sync.audit.faults.state import (
+    local_rows,
+    moment_of,
+    named_parameters,
+    quantization_states,
     unwrap,
 )
 
@@ -34,7 +42,10 @@ def bit_flipped(
     element: int = 0,
     bit: int = 0,
 ) -> AbstractContextManager[Planted]:
-    """One bit of one element of a trainable parameter is inverted; bit 0 is the lowest."""
+    """One bit of one element of a trainable parameter is inverted; bit 0 is the lowest.
+
+    Of a sharded parameter an element of this rank's shard.
+    """
 
     def strike(fault: Planted, clock: UpdateClock) -> None:
         fault.tensor, parameter = pick(model, tensor, is_trainable)
@@ -51,18 +62,22 @@ def rows_swapped(
 
     def strike(fault: Planted, clock: UpdateClock) -> None:
         fault.tensor, parameter = pick(model, tensor, _has_unlike_rows)
-        other = _first_unlike_row(parameter)
-        parameter.data[[0, other]] = parameter.data[[other, 0]]
+        rows, other = local_rows(parameter), _first_unlike_row(parameter)
+        rows[[0, other]] = rows[[other, 0]]
 
     return in_first_forward(model, strike, step=step, rank=rank)
 
 
 def _has_unlike_rows(parameter: nn.Parameter) -> bool:
-    return is_trainable(parameter) and bool((parameter.data != parameter.data[:1]).any())
+    if not is_trainable(parameter):
+        return False
+    rows = local_rows(parameter)
+    return bool((rows != rows[:1]).any())
 
 
 def _first_unlike_row(parameter: nn.Parameter) -> int:
-    unlike = (parameter.data != parameter.data[:1]).flatten(1).any(1)
+    rows = local_rows(parameter)
+    unlike = (rows != rows[:1]).flatten(1).any(1)
     return int(unlike.nonzero()[0])
 
 
@@ -77,15 +92,19 @@ def base_byte_changed(
     """All bits of one byte of a frozen parameter are inverted; packed 4-bit weights go first."""
 
     def strike(fault: Planted, clock: UpdateClock) -> None:
-        has_packed = any(_is_packed(p) for p in unwrap(model).parameters())
-        fault.tensor, parameter = pick(model, tensor, _is_packed if has_packed else is_frozen)
+        is_packed = _packed(model)
+        has_packed = any(is_packed(p) for p in named_parameters(model).values())
+        fault.tensor, parameter = pick(model, tensor, is_packed if has_packed else is_frozen)
         bytes_of(parameter)[byte] ^= 0xFF
 
     return in_first_forward(model, strike, step=step, rank=rank)
 
 
-def _is_packed(parameter: nn.Parameter) -> bool:
-    return is_frozen(parameter) and getattr(parameter, "quant_state", None) is not None
+def _packed(model: nn.Module) -> Suitable:
+    """What tells the packed 4-bit weights of the model from its other parameters."""
+    parameters = named_parameters(model)
+    packed = {id(parameters[name]) for name in quantization_states(model)}
+    return lambda parameter: is_frozen(parameter) and id(parameter) in packed
 
 
 def absmax_changed(
@@ -97,10 +116,9 @@ def absmax_changed(
     """
 
     def strike(fault: Planted, clock: UpdateClock) -> None:
-        name, parameter = pick(model, tensor, _is_packed)
+        name, _ = pick(model, tensor, _packed(model))
         fault.tensor = f"{name}.absmax"
-        quant_state: Any = vars(parameter)["quant_state"]
-        bytes_of(quant_state.absmax)[0] ^= 0xFF
+        bytes_of(quantization_states(model)[name].absmax)[0] ^= 0xFF
 
     return in_first_forward(model, strike, step=step, rank=rank)
 
@@ -123,16 +141,17 @@ def optimizer_moment_changed(
         raise ValueError(f"step is {step}; the first update makes the moments: expected 2 or more")
 
     def strike(fault: Planted, clock: UpdateClock) -> None:
-        state = require_optimizer(clock).state
+        stepped = require_optimizer(clock)
 
         def has_moment(parameter: nn.Parameter) -> bool:
-            found = state[parameter].get(moment) if parameter in state else None
-            return isinstance(found, Tensor) and bool(found.any())
+            found = moment_of(stepped, parameter, moment)
+            return found is not None and bool(found.any())
 
         fault.tensor, parameter = pick(model, tensor, has_moment)
-        if not has_moment(parameter):
+        found = moment_of(stepped, parameter, moment)
+        if found is None or not found.any():
             raise ValueError(f"{fault.tensor} has no non-zero {moment}; choose another tensor")
-        values = state[parameter][moment].data.view(-1)
+        values = found.view(-1)
         values[values.abs().argmax()] *= -1
 
     return in_first_forward(model, strike, step=step, rank=rank, optimizer=optimizer)
@@ -143,6 +162,7 @@ def adapter_merged(model: nn.Module, *, step: int) -> AbstractContextManager[Pla
 
     With a 4-bit or 16-bit base rounding leaves another base behind, the same on every rank.
     """
+    refuse_if_absent("adapter_merged")
 
     def strike(fault: Planted, clock: UpdateClock) -> None:
         adapted = peft_model(model)

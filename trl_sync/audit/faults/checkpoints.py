@@ -14,7 +14,8 @@ from pathlib import Path
 
 from torch import nn
 
-from trl_sync.audit.faults.planting import Planted, bytes_of, is_frozen, unwrap
+from trl_sync.audit.faults.planting import Planted, bytes_of, is_frozen
+from trl_sync.audit.faults.state import named_parameters, unwrap
 
 
 @contextmanager
@@ -78,7 +79,7 @@ def other_base(model: nn.Module) -> Iterator[Planted]:
 
     Stands for a checkpoint of adapters that is loaded onto another base.
     """
-    frozen = [(n, p) for n, p in unwrap(model).named_parameters() if is_frozen(p)]
+    frozen = [(n, p) for n, p in named_parameters(model).items() if is_frozen(p)]
     if not frozen:
         raise ValueError(f"{type(unwrap(model)).__name__} has no frozen parameter")
     _reverse(frozen)

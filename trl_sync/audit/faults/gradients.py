@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
+from trl_sync.audit.faults.engines import refuse_if_absent
 from trl_sync.audit.faults.planting import (
     Planted,
     counting,
@@ -23,8 +24,8 @@ from trl_sync.audit.faults.planting import (
     patched,
     pick,
     planted,
-    unwrap,
 )
+from trl_sync.audit.faults.state import gradient_of, named_parameters, unwrap
 
 
 def forward_unwrapped(
@@ -34,6 +35,7 @@ def forward_unwrapped(
 
     The reducer is not armed, so every rank keeps its own gradients.
     """
+    refuse_if_absent("forward_unwrapped")
 
     def call(wrapper: DistributedDataParallel, args: Any, kwargs: Any) -> Any:
         return wrapper.module(*args, **kwargs)
@@ -45,6 +47,7 @@ def no_sync_on_last_micro_batch(
     model: nn.Module, *, step: int, optimizer: Optimizer | None = None
 ) -> AbstractContextManager[Planted]:
     """All ranks run the last micro-batch of one update under `no_sync`, too."""
+    refuse_if_absent("no_sync_on_last_micro_batch")
     forward = DistributedDataParallel.forward
 
     def call(wrapper: DistributedDataParallel, args: Any, kwargs: Any) -> Any:
@@ -90,9 +93,8 @@ def gradients_clipped(
 
     def edit(fault: Planted) -> None:
         fault.tensor, _ = pick(model, None, _has_gradient)
-        for parameter in unwrap(model).parameters():
-            if parameter.grad is not None:
-                parameter.grad *= factor
+        for gradient in _gradients(model):
+            gradient *= factor
 
     return _edited_gradients(model, edit, step=step, rank=rank, optimizer=optimizer)
 
@@ -109,15 +111,22 @@ def reduction_returned_zeros(
 
     def edit(fault: Planted) -> None:
         fault.tensor, parameter = pick(model, fault.tensor or tensor, _has_gradient)
-        if parameter.grad is None:
+        gradient = gradient_of(parameter)
+        if gradient is None:
             raise ValueError(f"{fault.tensor} has no gradient in update {step}")
-        parameter.grad.zero_()
+        gradient.zero_()
 
     return _edited_gradients(model, edit, step=step, rank=rank, optimizer=optimizer)
 
 
 def _has_gradient(parameter: nn.Parameter) -> bool:
-    return is_trainable(parameter) and parameter.grad is not None and bool(parameter.grad.any())
+    gradient = gradient_of(parameter)
+    return is_trainable(parameter) and gradient is not None and bool(gradient.any())
+
+
+def _gradients(model: nn.Module) -> list[Tensor]:
+    found = (gradient_of(parameter) for parameter in named_parameters(model).values())
+    return [gradient for gradient in found if gradient is not None]
 
 
 @contextmanager
@@ -132,7 +141,8 @@ def _edited_gradients(
     """`edit` runs after the backward that reduces, and is done over when accelerate clips later.
 
     In a loop without accelerate's backward it runs when the optimizer's step begins; in one that
-    clips by other means, there once more.
+    clips by other means, there once more. DeepSpeed steps inside backward: there it runs when its
+    optimizer's step begins, which clips by itself.
     """
     from accelerate import Accelerator
 
@@ -142,15 +152,17 @@ def _edited_gradients(
     with planted(step=step, rank=rank) as fault, counting(optimizer) as clock:
 
         def strike() -> None:
-            gradients = [p.grad for p in unwrap(model).parameters() if p.grad is not None]
+            gradients = _gradients(model)
             reduced.extend((gradient, gradient.clone()) for gradient in gradients)
             edit(fault)
             edited[:] = [gradient.clone() for gradient in gradients]
             fault.struck = True
 
         def backward(accelerator: Any, *args: Any, **kwargs: Any) -> Any:
+            update = clock.update
             result = run_backward(accelerator, *args, **kwargs)
-            if accelerator.sync_gradients and fault.is_due(clock.update):
+            has_stepped = clock.update > update
+            if accelerator.sync_gradients and fault.is_due(clock.update) and not has_stepped:
                 strike()
             return result
 

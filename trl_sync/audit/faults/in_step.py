@@ -13,6 +13,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from trl_sync.audit.faults.engines import refuse_if_absent
 from trl_sync.audit.faults.planting import Planted, counting, planted, require_optimizer
 
 
@@ -28,7 +29,7 @@ def step_skipped(
     with planted(step=step, rank=rank) as fault, counting(optimizer) as clock:
 
         def hide() -> None:
-            if not fault.is_due(clock.update):
+            if not fault.is_now(clock.update):
                 return
             fault.struck = True
             for group in require_optimizer(clock).param_groups:
@@ -54,7 +55,7 @@ def other_learning_rate(
     with planted(step=step, rank=rank) as fault, counting(optimizer) as clock:
 
         def change() -> None:
-            if not fault.is_due(clock.update):
+            if not fault.is_now(clock.update):
                 return
             fault.struck = True
             for group in require_optimizer(clock).param_groups:
@@ -84,10 +85,12 @@ def extra_optimizer_step(
     this rank alone, and a collective in them waits for a step that the others take later. Without,
     only the update is repeated, inside the same step and unseen by hooks.
     """
+    if with_hooks:
+        refuse_if_absent("extra_optimizer_step")
     with planted(step=step, rank=rank) as fault, counting(optimizer) as clock:
 
         def again() -> None:
-            if not fault.is_due(clock.update):
+            if not fault.is_now(clock.update):
                 return
             fault.struck = True
             target = require_optimizer(clock)

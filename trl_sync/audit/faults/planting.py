@@ -16,6 +16,14 @@ from torch.optim.optimizer import (
     register_optimizer_step_pre_hook,
 )
 
+from trl_sync.audit.faults.state import (
+    deepspeed_engine,
+    local_tensor,
+    named_parameters,
+    unwrap,
+    unwrap_optimizer,
+)
+
 Suitable = Callable[[nn.Parameter], bool]
 
 
@@ -41,7 +49,11 @@ class Planted:
 
     def is_due(self, update: int) -> bool:
         """True if the fault strikes this rank in `update` and has not done so yet."""
-        return update == self.step and not self.struck and self.is_here()
+        return self.is_now(update) and not self.struck
+
+    def is_now(self, update: int) -> bool:
+        """True on a rank where the fault strikes, all through the update that it strikes."""
+        return update == self.step and self.is_here()
 
 
 @contextmanager
@@ -80,26 +92,15 @@ def num_ranks() -> int:
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
-def unwrap(model: nn.Module) -> nn.Module:
-    """The module inside DistributedDataParallel and the other wrappers that accelerate knows."""
-    from accelerate.utils import extract_model_from_parallel
-
-    return extract_model_from_parallel(model, keep_torch_compile=False)
-
-
-def unwrap_optimizer(optimizer: Optimizer) -> Optimizer:
-    """torch's optimizer inside accelerate's."""
-    while isinstance(inner := getattr(optimizer, "optimizer", None), Optimizer):
-        optimizer = inner
-    return optimizer
-
-
 class UpdateClock:
     """The number of the update in progress, and calls at fixed places in the optimizer's step.
 
     Around one `optimizer.step()`, in this order: `on_enter`, the step hooks that others registered,
     `on_before`, the update itself, `on_after`, the others' hooks, `on_exit`. So an audit that hooks
     the optimizer has looked before `on_before` and looks again after `on_after`.
+
+    DeepSpeed takes one step of torch's optimizer for each parameter group: `on_enter` and `on_exit`
+    are then around all of them, `on_before` and `on_after` around each.
     """
 
     def __init__(self, optimizer: Optimizer | None) -> None:
@@ -113,6 +114,7 @@ class UpdateClock:
         self.on_exit: Callable[[], None] = _nothing
         self._hooks = ExitStack()
         self._is_hooked = False
+        self._is_in_engine = False
 
     def start(self) -> None:
         """Counts from now on."""
@@ -121,6 +123,28 @@ class UpdateClock:
             register_optimizer_step_post_hook(self._exit),
         ):
             self._hooks.callback(handle.remove)
+        # On the class: a Trainer makes its engine only inside train().
+        if (engine := deepspeed_engine()) is not None:
+            update = self._counted(engine._take_model_step)
+            self._hooks.enter_context(patched(engine, "_take_model_step", update))
+
+    def _counted(self, run: Callable[..., Any]) -> Callable[..., Any]:
+        """DeepSpeed's update, with the calls around it."""
+
+        def update(engine: Any, *args: Any, **kwargs: Any) -> Any:
+            if not self._counts(unwrap_optimizer(engine)):
+                return run(engine, *args, **kwargs)
+            self.on_enter()
+            self._is_in_engine = True
+            try:
+                result = run(engine, *args, **kwargs)
+            finally:
+                self._is_in_engine = False
+            self.on_exit()
+            self.update += 1
+            return result
+
+        return update
 
     def stop(self) -> None:
         """Removes every hook."""
@@ -131,7 +155,8 @@ class UpdateClock:
             return
         if not self._is_hooked:
             self._hook(optimizer)
-        self.on_enter()
+        if not self._is_in_engine:
+            self.on_enter()
 
     def _hook(self, optimizer: Optimizer) -> None:
         """Registers the inner hooks: as late as this, so that others' hooks have their place."""
@@ -150,7 +175,7 @@ class UpdateClock:
             callback()
 
     def _exit(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-        if self._counts(optimizer):
+        if self._counts(optimizer) and not self._is_in_engine:
             self.on_exit()
             self.update += 1
 
@@ -193,7 +218,8 @@ def in_first_forward(
                     strike(fault, clock)
                 fault.struck = True
 
-        handle = unwrap(model).register_forward_pre_hook(hook)
+        # Before the engine gathers what the forward needs: what is written takes part in it.
+        handle = unwrap(model).register_forward_pre_hook(hook, prepend=True)
         try:
             yield fault
         finally:
@@ -239,7 +265,7 @@ def pick(model: nn.Module, tensor: str | None, suitable: Suitable) -> tuple[str,
     Raises:
         ValueError: there is none of that name, or none that is suitable.
     """
-    parameters = dict(unwrap(model).named_parameters())
+    parameters = named_parameters(model)
     if tensor is not None and tensor not in parameters:
         some = ", ".join(list(parameters)[:5])
         raise ValueError(f"no parameter is called {tensor}; expected one of {some}, ...")
@@ -253,22 +279,23 @@ def pick(model: nn.Module, tensor: str | None, suitable: Suitable) -> tuple[str,
 
 
 def is_trainable(parameter: nn.Parameter) -> bool:
-    return parameter.requires_grad and parameter.numel() > 0
+    return parameter.requires_grad and local_tensor(parameter).numel() > 0
 
 
 def is_frozen(parameter: nn.Parameter) -> bool:
-    return not parameter.requires_grad and parameter.numel() > 0
+    return not parameter.requires_grad and local_tensor(parameter).numel() > 0
 
 
 def bytes_of(tensor: Tensor) -> Tensor:
-    """The tensor's own memory as bytes; writing to it leaves autograd's version counter alone.
+    """What this rank holds of a tensor as bytes; writing to it leaves autograd's version alone.
 
     Raises:
         ValueError: the tensor is not contiguous.
     """
-    if not tensor.is_contiguous():
-        raise ValueError(f"a tensor of strides {tensor.stride()}; expected a contiguous one")
-    return tensor.data.view(-1).view(torch.uint8)
+    local = local_tensor(tensor)
+    if not local.is_contiguous():
+        raise ValueError(f"a tensor of strides {local.stride()}; expected a contiguous one")
+    return local.view(-1).view(torch.uint8)
 
 
 def require_optimizer(clock: UpdateClock) -> Optimizer:

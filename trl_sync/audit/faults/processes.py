@@ -12,7 +12,8 @@ from typing import Literal, get_args
 from torch import nn
 from torch.optim import Optimizer
 
-from trl_sync.audit.faults.planting import Planted, counting, planted, unwrap
+from trl_sync.audit.faults.planting import Planted, counting, planted
+from trl_sync.audit.faults.state import unwrap
 
 Place = Literal["before_backward", "in_step", "before_audit"]
 LAUNCHER_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE")

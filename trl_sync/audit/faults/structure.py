@@ -15,6 +15,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from trl_sync.audit.faults.between_steps import peft_model
+from trl_sync.audit.faults.engines import refuse_if_absent
 from trl_sync.audit.faults.planting import (
     Planted,
     UpdateClock,
@@ -25,9 +26,8 @@ from trl_sync.audit.faults.planting import (
     pick,
     require_optimizer,
     this_rank,
-    unwrap,
-    unwrap_optimizer,
 )
+from trl_sync.audit.faults.state import named_parameters, restore, unwrap
 
 LATE_ADAPTER = "late_adapter"
 
@@ -40,6 +40,7 @@ def unfrozen_after_wrapping(
     tensor: str | None = None,
 ) -> AbstractContextManager[Planted]:
     """All ranks unfreeze a parameter that the wrapper took for frozen, and train it."""
+    refuse_if_absent("unfrozen_after_wrapping")
 
     def strike(fault: Planted, clock: UpdateClock) -> None:
         fault.tensor, parameter = pick(model, tensor, _is_frozen_float)
@@ -64,6 +65,7 @@ def replaced_after_wrapping(
 
     DistributedDataParallel raises an error of its own unless `find_unused_parameters` is set.
     """
+    refuse_if_absent("replaced_after_wrapping", late=step is not None)
 
     def strike(fault: Planted, clock: UpdateClock) -> None:
         fault.tensor, old = pick(model, tensor, is_trainable)
@@ -89,17 +91,18 @@ def adapter_added_after_wrapping(
     A peft model gets a second adapter like its active one; another model a linear branch beside its
     first linear layer, which takes part until the end of the block.
     """
+    refuse_if_absent("adapter_added_after_wrapping", late=step is not None)
     handles: list[Any] = []
 
     def strike(fault: Planted, clock: UpdateClock) -> None:
-        known = {id(p) for p in unwrap(model).parameters()}
+        known = {id(p) for p in named_parameters(model).values()}
         adapted = peft_model(model)
         with _seed_of_this_rank(seed):
             if adapted is None:
                 handles.append(_add_branch(unwrap(model)))
             else:
                 _add_peft_adapter(adapted)
-        added = [(n, p) for n, p in unwrap(model).named_parameters() if id(p) not in known]
+        added = [(n, p) for n, p in named_parameters(model).items() if id(p) not in known]
         fault.tensor = added[0][0]
         add_to_optimizer(require_optimizer(clock), [p for _, p in added])
 
@@ -163,14 +166,13 @@ def checkpoint_restored_on_one_rank(
 ) -> AbstractContextManager[Planted]:
     """One rank loads `checkpoint["model"]` and `checkpoint["optimizer"]`; the others start anew.
 
-    Both are state dicts; tensors of the model that are not in it stay as they are.
+    Both are state dicts, or what `faults.state.capture` copied; tensors of the model that are not
+    in it stay as they are.
     """
 
     def strike(fault: Planted, clock: UpdateClock) -> None:
-        target = unwrap(model)
-        fault.tensor = next((n for n, _ in target.named_parameters() if n in checkpoint["model"]))
-        target.load_state_dict(checkpoint["model"], strict=False)
-        unwrap_optimizer(optimizer).load_state_dict(checkpoint["optimizer"])
+        fault.tensor = next(n for n in named_parameters(model) if n in checkpoint["model"])
+        restore(model, optimizer, checkpoint)
 
     return at_once_or_in_forward(model, strike, step=None, rank=rank)
 
@@ -179,6 +181,7 @@ def optimizer_holds_copies(
     model: nn.Module, *, optimizer: Optimizer | None = None, step: int | None = None
 ) -> AbstractContextManager[Planted]:
     """All ranks' optimizers hold copies of the parameters: the model never moves."""
+    refuse_if_absent("optimizer_holds_copies")
 
     def strike(fault: Planted, clock: UpdateClock) -> None:
         fault.tensor, _ = pick(model, None, is_trainable)
@@ -196,6 +199,7 @@ def parameter_not_in_optimizer(
     tensor: str | None = None,
 ) -> AbstractContextManager[Planted]:
     """All ranks' optimizers lack one trainable parameter."""
+    refuse_if_absent("parameter_not_in_optimizer")
 
     def strike(fault: Planted, clock: UpdateClock) -> None:
         fault.tensor, missing = pick(model, tensor, is_trainable)
@@ -209,6 +213,7 @@ def tensor_added(
     model: nn.Module, *, step: int | None = None, rank: int | None = 1, name: str = "late_tensor"
 ) -> AbstractContextManager[Planted]:
     """One rank's model has one more trainable parameter, which takes no part in the forward."""
+    refuse_if_absent("tensor_added", late=step is not None)
 
     def strike(fault: Planted, clock: UpdateClock) -> None:
         target = unwrap(model)
