@@ -38,6 +38,7 @@ def trainer_for(engine: str, folder: Path, output: str) -> Any:
         callbacks=[SyncAuditCallback(timeout_s=TIMEOUT_S)],
         save_strategy="steps",
         save_steps=4,
+        total_episodes=32 * int(os.environ["WORLD_SIZE"]),
         **engines.settings(engine),
     )
 
