@@ -9,7 +9,7 @@ from typing import Any
 
 
 def write_journal(folder: str) -> None:
-    """Runs on a rank: updates, a repaired flip, a buffer that differs, saves and a resume."""
+    """Runs on a rank: updates, a repaired flip, a buffer that differs, saves and resumes."""
     import torch
     from accelerate import Accelerator
     from torch import nn
@@ -39,7 +39,32 @@ def write_journal(folder: str) -> None:
         write_checkpoint_manifest(auditor, saved, 2)
         write_checkpoint_manifest(auditor, empty, 2)
         verify_resumed(auditor, SimpleNamespace(output_dir=folder), 2)
+        resume_from_zero(auditor, Path(folder, "checkpoint-3"))
         inner.seen += accelerator.process_index
+
+
+def resume_from_zero(auditor: Any, saved: Path) -> None:
+    """Resumes from what ZeRO-2 would have saved: its partitions compare with nothing here."""
+    from trl_sync.audit.checkpoints import verify_resumed
+    from trl_sync.audit.manifest import write_manifest
+    from trl_sync.audit.manifest_state import whole_tensors
+
+    saved.mkdir(exist_ok=True)
+    if auditor.is_main_process:
+        Path(saved, "model.txt").write_text("weights")
+        tensors = {**whole_tensors(auditor.inventory), "optimizer": []}
+        partitions: dict[str, dict[str, Any]] = {"0": {}, "1": {}, "2": {}}
+        write_manifest(
+            saved,
+            tensors,
+            step=3,
+            world_size=3,
+            verified=True,
+            partitioned_by="ZeRO-2",
+            partitions=partitions,
+        )
+    auditor.comparison.barrier()
+    verify_resumed(auditor, SimpleNamespace(output_dir=str(saved.parent)), 3)
 
 
 def read_fields(journal: Path) -> dict[str, set[str]]:
