@@ -47,6 +47,7 @@ def run_on_engine(
     *args: Any,
     num_ranks: int | None = None,
     deadline_s: float = 300,
+    mixed_precision: str = "no",
 ) -> list[Any]:
     """What `function(*args)` returned on each rank of `engine`; see `ranks.run_on_ranks`."""
     return ranks.run_on_ranks(
@@ -56,7 +57,7 @@ def run_on_engine(
         args,
         num_ranks=num_ranks or RANKS.get(engine, 2),
         deadline_s=deadline_s,
-        environment=ENVIRONMENTS[engine],
+        environment=ENVIRONMENTS[engine] | {"ACCELERATE_MIXED_PRECISION": mixed_precision},
     )
 
 

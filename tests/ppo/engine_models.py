@@ -8,12 +8,16 @@ from unittest import mock
 
 import torch
 from torch import Tensor
+from transformers import BitsAndBytesConfig
 
 import engine_runs
 import engines
 import runs
 import tiny
-from trl_sync import PPOTrainer
+from trl_sync import ConfigError, PPOTrainer
+from trl_sync.backbone.fingerprint import fingerprint_of
+from trl_sync.backbone.loading import load_base
+from trl_sync.backbone.quantization import store_packed_as
 from trl_sync.ppo import experience
 
 SIZES = engine_runs.SIZES | {"num_mini_batches": 1}
@@ -160,3 +164,52 @@ def partitioned_while_loading(path: str) -> dict[str, Any]:
         "embedding": checksum["model.embed_tokens.weight"],
         "steps": trainer.state.global_step,
     }
+
+
+def in_bf16(engine: str, path: str) -> dict[str, Any]:
+    """An NF4 base and a reward adapter in bf16: types, first ratios and bytes of the base."""
+    folder = Path(path)
+    found: dict[str, Any] = {}
+    for storage in (torch.uint8, torch.float32):
+        engines.start_anew(engine)
+        backbone = runs.SharedBackbone(engine_runs.base(folder, "nf4"), runs.lora())
+        runs.randomise(backbone)
+        store_packed_as(backbone, storage)  # as bnb_4bit_quant_storage does
+        backbone.add_reward_adapter(str(folder / "reward_adapter"))
+        options = {"total_episodes": 32, **engines.settings(engine)}
+        arguments = tiny.config(folder / "out", **options)
+        # DeepSpeed's settings are compared with it; given as an argument a CPU refuses it.
+        arguments.bf16 = engine.startswith("zero")
+        with mock.patch.object(tiny, "config", return_value=arguments):
+            trainer = runs.make(
+                folder,
+                model=backbone,
+                reward=str(folder / "reward_adapter"),
+                kind=runs.WatchedTrainer,
+            )
+        before = fingerprint_of(trainer.backbone.frozen_tensors())
+        trainer.train()
+        first = [batch for batch in trainer.micro_batches if batch["step"] == 0]
+        off = torch.cat([(batch["ratio"] - 1).abs() for batch in first])
+        exact = [float(x) for batch in first for x in batch["old_logprobs"].reshape(-1)]
+        found[str(storage)] = {
+            "largest_off": float(off.max()),
+            "rounded": all(x == float(torch.tensor(x).bfloat16()) for x in exact),
+            "values": str(first[0]["values"].dtype),
+            "precision": trainer.accelerator.mixed_precision,
+            "base": before,
+            "loss": runs.rows(trainer)[-1]["loss"],
+        }
+    return found
+
+
+def in_8_bit(path: str) -> str:
+    folder = Path(path)
+    engines.start_anew("fsdp2")
+    config = BitsAndBytesConfig(load_in_8bit=True)
+    base = load_base(str(folder / "base"), quantization_config=config)
+    try:
+        runs.make(folder, model=base, **engines.settings("fsdp2"))
+    except ConfigError as error:
+        return str(error)
+    return "no error"

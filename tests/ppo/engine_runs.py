@@ -183,6 +183,9 @@ def generated_runs(engine: str, folder: Path) -> dict[str, Any]:
     }
     rank, ranks = rank_and_ranks()
     options["gradient_accumulation_steps"] = 8 // ranks  # a rollout batch of 32, whatever the ranks
+    # Otherwise DDP orders its buckets anew after the first backward, also the first one after a
+    # resume; and of more than two ranks the order of a sum depends on the place in a bucket.
+    options["ddp_find_unused_parameters"] = ranks > 2
     lora = runs.lora(lora_dropout=0.1)
     outcomes = []
     for resume in (None, str(folder / "out" / "checkpoint-4")):

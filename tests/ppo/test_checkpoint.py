@@ -19,9 +19,10 @@ import tiny
 from trl_sync import SharedBackbone
 from trl_sync.errors import CheckpointError
 from trl_sync.ppo.checkpoint import CheckpointMixin
+from trl_sync.ppo.engine_state import EngineStateMixin
 from trl_sync.ppo.resume_checks import check_same_run, last_whole_checkpoint, missing_files
 
-# What trl_sync/ppo/checkpoint.py overrides, with the parameters it relies on.
+# What ppo/checkpoint.py and ppo/engine_state.py override, with the parameters they rely on.
 OVERRIDDEN = {
     "_maybe_log_save_evaluate": [
         *("tr_loss", "grad_norm", "model", "trial", "epoch", "ignore_keys_for_eval"),
@@ -34,6 +35,8 @@ OVERRIDDEN = {
     "_load_from_checkpoint": ["resume_from_checkpoint", "model"],
     "_load_best_model": [],
     "_load_rng_state": ["checkpoint"],
+    "_save_optimizer_and_scheduler": ["output_dir"],
+    "_prepare_inputs": ["inputs"],
 }
 
 
@@ -46,7 +49,8 @@ def test_the_private_methods_are_where_they_were(name: str) -> None:
 
 
 def test_no_other_private_method_is_overridden() -> None:
-    own = {n for n in vars(CheckpointMixin) if n.startswith("_") and hasattr(Trainer, n)}
+    members = vars(CheckpointMixin) | vars(EngineStateMixin)
+    own = {n for n in members if n.startswith("_") and hasattr(Trainer, n)}
     assert {n for n in own if not n.startswith("__")} == set(OVERRIDDEN)
 
 

@@ -8,6 +8,8 @@ base is never written. Separate models are written as their `save_pretrained` do
 from __future__ import annotations
 
 import copy
+import functools
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -16,7 +18,13 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from trl_sync.backbone.model_files import ADAPTER_WEIGHTS as ADAPTER_WEIGHTS
-from trl_sync.backbone.model_files import assign, load_weights, save_weights, whole
+from trl_sync.backbone.model_files import (
+    assign,
+    load_weights,
+    save_weights,
+    whole,
+    whole_state,
+)
 from trl_sync.backbone.roles import POLICY, VALUE
 from trl_sync.backbone.separate import SeparateModels
 from trl_sync.backbone.shared import SharedBackbone
@@ -26,19 +34,45 @@ VALUE_FOLDER = "value"
 VALUE_HEAD = "value_head.safetensors"
 
 
-def save_models(
-    models: SharedBackbone | SeparateModels, folder: Path, *, writes: bool = True
-) -> list[str]:
-    """Writes policy and value model; returns the files with weights, relative to `folder`.
+def save_models(models: SharedBackbone | SeparateModels, folder: Path) -> list[str]:
+    """Writes policy and value model; returns the files with weights, relative to `folder`."""
+    return collect_models(models)(folder)
 
-    Of models that FSDP2 shards a collective: then `writes` is True on the process that writes.
+
+def collect_models(
+    models: SharedBackbone | SeparateModels, *, keep: bool = True
+) -> Callable[[Path], list[str]]:
+    """The function that writes policy and value model into a folder, and returns the files.
+
+    What it writes is collected here: of models that FSDP2 shards a collective, which writing is
+    not. `keep` is True on the process that writes.
     """
     if isinstance(models, SeparateModels):
-        of_policy = save_weights(models.policy, folder, writes=writes)
-        of_value = save_weights(models.value_model, folder / VALUE_FOLDER, writes=writes)
-        return [*of_policy, *(f"{VALUE_FOLDER}/{name}" for name in of_value)]
-    save_policy(models, folder, writes=writes)
-    save_value(models, folder / VALUE_FOLDER, writes=writes)
+        parts = ((models.policy, ""), (models.value_model, VALUE_FOLDER))
+        collected = [(part, place, whole_state(part, keep=keep)) for part, place in parts]
+
+        def write_both(folder: Path) -> list[str]:
+            files = []
+            for part, place, state in collected:
+                names = save_weights(part, folder / place, state)
+                files += [f"{place}/{name}" if place else name for name in names]
+            return files
+
+        return write_both
+    adapters = {role: _collected(adapter_state(models, role), keep) for role in (POLICY, VALUE)}
+    head = _collected(models.value_head.state_dict(), keep)
+    return functools.partial(_write_roles, models, adapters, head)
+
+
+def _write_roles(
+    backbone: SharedBackbone,
+    adapters: dict[str, dict[str, Tensor]],
+    head: dict[str, Tensor],
+    folder: Path,
+) -> list[str]:
+    _write_adapter(backbone, POLICY, adapters[POLICY], folder)
+    _write_adapter(backbone, VALUE, adapters[VALUE], folder / VALUE_FOLDER)
+    save_file(head, folder / VALUE_FOLDER / VALUE_HEAD)
     return [ADAPTER_WEIGHTS, f"{VALUE_FOLDER}/{ADAPTER_WEIGHTS}", f"{VALUE_FOLDER}/{VALUE_HEAD}"]
 
 
@@ -83,18 +117,15 @@ def load_adapters(backbone: SharedBackbone, folder: Path) -> None:
             assign(tensor, found[name])
 
 
-def save_policy(backbone: SharedBackbone, folder: Path, *, writes: bool = True) -> None:
+def save_policy(backbone: SharedBackbone, folder: Path) -> None:
     """Writes `adapter_config.json` and `adapter_model.safetensors` of the policy."""
-    _save_adapter(backbone, POLICY, folder, writes=writes)
+    _write_adapter(backbone, POLICY, _collected(adapter_state(backbone, POLICY)), folder)
 
 
-def save_value(backbone: SharedBackbone, folder: Path, *, writes: bool = True) -> None:
+def save_value(backbone: SharedBackbone, folder: Path) -> None:
     """Writes the value adapter in PEFT's layout, and `value_head.safetensors` beside it."""
-    _save_adapter(backbone, VALUE, folder, writes=writes)
-    state = backbone.value_head.state_dict()
-    head = {name: whole(tensor, keep=writes) for name, tensor in state.items()}
-    if writes:
-        save_file(head, folder / VALUE_HEAD)
+    _write_adapter(backbone, VALUE, _collected(adapter_state(backbone, VALUE)), folder)
+    save_file(_collected(backbone.value_head.state_dict()), folder / VALUE_HEAD)
 
 
 def adapter_state(backbone: SharedBackbone, adapter: str) -> dict[str, Tensor]:
@@ -106,11 +137,13 @@ def adapter_state(backbone: SharedBackbone, adapter: str) -> dict[str, Tensor]:
     return state
 
 
-def _save_adapter(backbone: SharedBackbone, adapter: str, folder: Path, *, writes: bool) -> None:
-    state = adapter_state(backbone, adapter)
-    tensors = {name: whole(tensor, keep=writes) for name, tensor in state.items()}
-    if not writes:
-        return
+def _collected(state: dict[str, Tensor], keep: bool = True) -> dict[str, Tensor]:
+    return {name: whole(tensor, keep=keep) for name, tensor in state.items()}
+
+
+def _write_adapter(
+    backbone: SharedBackbone, adapter: str, tensors: dict[str, Tensor], folder: Path
+) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     save_file(tensors, folder / ADAPTER_WEIGHTS, metadata={"format": "pt"})
     config: PeftConfig = copy.deepcopy(backbone.peft_model.peft_config[adapter])

@@ -22,17 +22,13 @@ TRAINED_WEIGHTS = "trained_parameters.safetensors"
 MODULE_WEIGHTS = "module.safetensors"
 
 
-def save_weights(model: Any, folder: Path, *, writes: bool = True) -> list[str]:
+def save_weights(model: Any, folder: Path, state: dict[str, Tensor] | None = None) -> list[str]:
     """Writes `model` into `folder` and returns the names of the files that hold its weights.
 
     A PEFT model and a whole transformers model are written as `save_pretrained` does; of a
-    quantized model without adapters only what trains; of another module its state.
-
-    Of a model that FSDP2 shards a collective: then `writes` is True on the process that writes.
+    quantized model without adapters only what trains; of another module its state. `state` is the
+    `whole_state` of a model that is sharded.
     """
-    state = _whole_state(model, keep=writes)
-    if not writes:
-        return []
     folder.mkdir(parents=True, exist_ok=True)
     if isinstance(model, PeftModel):
         # The adapter that trains, and not the reference. "auto" would ask the model hub whether the
@@ -96,8 +92,11 @@ def assign(own: Tensor, value: Tensor) -> None:
         own.copy_(value)
 
 
-def _whole_state(model: nn.Module, *, keep: bool) -> dict[str, Tensor] | None:
-    """What `save_weights` writes of a sharded model, in one piece; None of one that is whole."""
+def whole_state(model: nn.Module, *, keep: bool = True) -> dict[str, Tensor] | None:
+    """What `save_weights` writes of a sharded model, in one piece; None of one that is whole.
+
+    A collective. Without `keep` the tensors are empty: the state is for another process.
+    """
     if not any(isinstance(parameter, DTensor) for parameter in model.parameters()):
         return None
     trained = {name for name, p in model.named_parameters() if p.requires_grad}

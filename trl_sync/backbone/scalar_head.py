@@ -18,12 +18,12 @@ class ScalarHead:
 
     trunk: nn.Module
     head: Callable[[Tensor], Tensor]
-    head_weight: Tensor
 
     def __call__(self, states: Float[Tensor, "*N H"]) -> Float[Tensor, " *N"]:
         """One number for each hidden state, in fp32 and outside autocast."""
         with torch.autocast(states.device.type, enabled=False):
-            scalars = self.head(states.to(self.head_weight.dtype)).squeeze(-1)
+            # The weight's type now: an engine may compute in another one than it was made in.
+            scalars = self.head(states.to(_weight(self.head).dtype)).squeeze(-1)
         return scalars.float()
 
 
@@ -42,11 +42,11 @@ def find_scalar_head(model: Any) -> ScalarHead | None:
         language_model = without_adapters(inner.pretrained_model)
         head: Any = inner.v_head
         trunk = getattr(language_model, language_model.base_model_prefix)
-        return ScalarHead(trunk=trunk, head=head, head_weight=head.summary.weight)
+        return ScalarHead(trunk=trunk, head=head)
     prefix: str = getattr(inner, "base_model_prefix", "")
     if hasattr(inner, "score") and prefix:
         trunk = getattr(inner, prefix)
-        return ScalarHead(trunk=trunk, head=inner.score, head_weight=_weight(inner.score))
+        return ScalarHead(trunk=trunk, head=inner.score)
     return None
 
 

@@ -11,6 +11,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
+from torch.nn import functional
 from transformers import GenerationConfig, PreTrainedModel
 
 from trl_sync.backbone.checkpointing import (
@@ -345,8 +346,8 @@ class SharedBackbone(OldCheckpointingNames, nn.Module):
         self, states: Float[Tensor, "B R H"], mask: Bool[Tensor, "B R"]
     ) -> Float[Tensor, "B R"]:
         with torch.autocast(states.device.type, enabled=False):
-            values = self.value_head(states.to(self.value_head.weight.dtype)).squeeze(-1)
-        return values.float().masked_fill(~mask, 0.0)
+            values = _in_fp32(self.value_head, states).squeeze(-1)
+        return values.masked_fill(~mask, 0.0)
 
     def _scores(
         self, states: Float[Tensor, "B T H"], attention_mask: Bool[Tensor, "B T"]
@@ -356,8 +357,7 @@ class SharedBackbone(OldCheckpointingNames, nn.Module):
         last = (columns * attention_mask.bool()).amax(1)
         picked = states[torch.arange(len(last), device=states.device), last]
         with torch.autocast(states.device.type, enabled=False):
-            scores: Tensor = self.score_head(picked.float()).squeeze(-1)
-        return scores
+            return _in_fp32(self.score_head, picked).squeeze(-1)
 
     def _token_statistics(
         self,
@@ -381,6 +381,12 @@ class SharedBackbone(OldCheckpointingNames, nn.Module):
 
     def _trunk_device(self) -> torch.device:
         return self.causal_model.get_input_embeddings().weight.device
+
+
+def _in_fp32(head: Any, states: Tensor) -> Tensor:
+    """What a linear `head` says, in fp32 even where an engine holds its weights in 16 bits."""
+    bias = None if head.bias is None else head.bias.float()
+    return functional.linear(states.float(), head.weight.float(), bias)
 
 
 def default_lora_config() -> LoraConfig:

@@ -29,7 +29,7 @@ from transformers.trainer import TRAINER_STATE_NAME, TRAINING_ARGS_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, IntervalStrategy, SaveStrategy
 from transformers.utils import logging
 
-from trl_sync.backbone.export import load_models, save_models
+from trl_sync.backbone.export import collect_models, load_models
 from trl_sync.backbone.fingerprint import fingerprint_of
 from trl_sync.errors import CheckpointError, RewardError
 from trl_sync.ppo.collectives import together
@@ -209,17 +209,23 @@ class CheckpointMixin(EngineStateMixin):
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         folder = Path(output_dir or self.args.output_dir)
-        writes = self.args.should_save
-        if writes:
+        write_models = collect_models(self.backbone, keep=self.args.should_save)
+
+        def write() -> None:
+            if not self.args.should_save:
+                return
             folder.mkdir(parents=True, exist_ok=True)
-        files = save_models(self.backbone, folder, writes=writes)
-        if not writes:
-            return
-        state = self._identity() | {"files": files, "state": self._own_state()}
-        (folder / STATE_FILE).write_text(json.dumps(state, indent=2) + "\n")
-        if self.processing_class is not None:
-            self.processing_class.save_pretrained(folder)
-        torch.save(self.args, folder / TRAINING_ARGS_NAME)
+            files = write_models(folder)
+            state = self._identity() | {"files": files, "state": self._own_state()}
+            (folder / STATE_FILE).write_text(json.dumps(state, indent=2) + "\n")
+            if self.processing_class is not None:
+                self.processing_class.save_pretrained(folder)
+            torch.save(self.args, folder / TRAINING_ARGS_NAME)
+
+        if self.engine.places_model:
+            self._on_all(write)  # collectives of the engine come next: all go on, or none
+        else:
+            write()
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         load_models(self.backbone, Path(resume_from_checkpoint))

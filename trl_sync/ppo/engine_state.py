@@ -6,7 +6,7 @@ Checked on transformers 5.23, accelerate 1.15 and deepspeed 0.19.8.
 |---|---|
 | `save_model` | it collects the whole model, its frozen base included, on every process |
 | `_save_optimizer_and_scheduler` | likewise; and the quantization state of the base with it |
-| `_load_best_model` | it loads what those have written |
+| `_prepare_inputs` | under DeepSpeed it makes 16-bit numbers of old log-probabilities and returns |
 
 DeepSpeed and torch's distributed checkpoints write and read what is in parts.
 """
@@ -22,6 +22,7 @@ import torch
 from accelerate.utils import DeepSpeedSchedulerWrapper
 from accelerate.utils.fsdp_utils import save_fsdp_optimizer
 from torch import nn
+from torch.distributed.checkpoint.api import CheckpointException
 from transformers import Trainer
 from transformers.integrations.deepspeed import deepspeed_load_checkpoint
 from transformers.trainer import SCHEDULER_NAME
@@ -38,6 +39,7 @@ class EngineStateMixin(Trainer):
     engine: Engine
     backbone: Any
     _gathered_bytes: int | None = None
+    _gathers = False
 
     @contextlib.contextmanager
     def gathered(self) -> Iterator[None]:
@@ -47,10 +49,21 @@ class EngineStateMixin(Trainer):
         generates or reads weights by hand belongs inside; what is written to parameters there is
         lost under these engines.
         """
+        if self._gathers:  # they are whole already
+            yield
+            return
         if self.engine.shards_parameters:
             self._announce_gather()
         with gathered(self.backbone, self.model_wrapped, self.engine):
-            yield
+            self._gathers = True
+            try:
+                yield
+            finally:
+                self._gathers = False
+
+    def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        """Micro-batches as they are: the loader makes them on the device, in fp32."""
+        return inputs
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Writes policy and value model, each whole. Under ZeRO-3 and FSDP2 a collective."""
@@ -71,7 +84,12 @@ class EngineStateMixin(Trainer):
             self.model_wrapped.save_checkpoint(output_dir, exclude_frozen_parameters=True)
         elif self.engine is Engine.FSDP2:
             plugin = self.accelerator.state.fsdp_plugin
-            save_fsdp_optimizer(plugin, self.accelerator, self.optimizer, self.model, output_dir)
+            try:
+                save_fsdp_optimizer(
+                    plugin, self.accelerator, self.optimizer, self.model, output_dir
+                )
+            except CheckpointException as error:  # no Exception; of all ranks, on all ranks
+                raise OSError(str(error)) from error
         else:
             super()._save_optimizer_and_scheduler(output_dir)
             return
@@ -82,7 +100,7 @@ class EngineStateMixin(Trainer):
     def _announce_gather(self) -> None:
         """Says once how much memory a gather takes."""
         if self._gathered_bytes is None:
-            self._gathered_bytes = full_size_bytes(self.backbone)
+            self._gathered_bytes = full_size_bytes(self.accelerator, self.backbone)
             logger.info(
                 f"{self.engine.value} gathers all parameters, {self._gathered_bytes:,} bytes on "
                 "each process, once for every rollout, evaluation and save."

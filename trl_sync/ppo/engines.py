@@ -7,6 +7,7 @@ Checked on torch 2.13, accelerate 1.15 and deepspeed 0.19.8.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager
@@ -52,6 +53,10 @@ class Engine(StrEnum):
         return self in (Engine.ZERO3, Engine.FSDP2)
 
 
+_NO_FSDP1 = (
+    "FSDP1 is not supported: it flattens frozen and trained parameters into one, and cannot shard "
+    "a 4-bit base. Set fsdp_version: 2 in the accelerate config."
+)
 _STAGES = {0: Engine.DDP, 1: Engine.ZERO1, 2: Engine.ZERO2, 3: Engine.ZERO3}
 
 
@@ -99,6 +104,18 @@ def check_active_engine(args: Any, accelerator: Accelerator) -> None:
             "ds3_gather_for_generation=False would gather every layer again for every token, in "
             "step on all ranks, which is not supported: set it to True."
         )
+    if engine is Engine.FSDP2 and accelerator.state.fsdp_plugin.fsdp_version != 2:
+        raise ConfigError(_NO_FSDP1)
+    if engine.is_deepspeed and args.value_warmup_steps:
+        raise ConfigError(
+            f"value_warmup_steps={args.value_warmup_steps} does not work under DeepSpeed, which "
+            "updates the policy within backward: set it to 0, or use DDP or FSDP2."
+        )
+    if engine.places_model and args.save_on_each_node and _several_machines():
+        raise ConfigError(
+            f"save_on_each_node=True does not work under {engine.value}, whose checkpoints are "
+            "spread over all machines: set it to False, and output_dir to shared storage."
+        )
     if _fsdp_settings(args) is not None and engine is not Engine.FSDP2:
         raise ConfigError(
             f"FSDP was asked for, but accelerate runs {engine.value}: it offers FSDP on several "
@@ -117,15 +134,35 @@ def check_loaded_whole(modules: Mapping[str, nn.Module]) -> None:
         _check_loaded_whole(name, module)
 
 
-def make_shardable(accelerator: Accelerator, model: nn.Module) -> None:
-    """Under FSDP2 stores 4-bit weights in a float type, which it shards; it leaves bytes whole.
+def keep_exact(accelerator: Accelerator, model: nn.Module) -> None:
+    """What PPO needs whole: bytes of 4-bit weights, and what the model says in fp32.
 
-    The type is the one that FSDP2 computes in: to another one it would convert them.
+    FSDP2 shards floats and leaves bytes whole, so 4-bit weights become the type that it computes
+    in: to another one it would convert them. DeepSpeed converts every float to 16 bits, so there
+    they become bytes. Log-probabilities and values come out of the model in fp32, and gradients are
+    added in fp32; by accelerate's policy FSDP2 would round both to the type it computes in.
+
+    Raises:
+        ConfigError: an 8-bit base under FSDP2.
     """
-    if engine_of(accelerator) is not Engine.FSDP2:
+    engine = engine_of(accelerator)
+    if engine.is_deepspeed:
+        store_packed_as(model, torch.uint8)
+    if engine is not Engine.FSDP2:
         return
-    policy = accelerator.state.fsdp_plugin.mixed_precision_policy
-    store_packed_as(model, getattr(policy, "param_dtype", None) or torch.float32)
+    if any(hasattr(parameter, "SCB") for parameter in model.parameters()):
+        raise ConfigError(
+            "An 8-bit base does not run under FSDP2, which replaces the parameters that "
+            "bitsandbytes keeps its scales on: use 4 bits, or DDP."
+        )
+    plugin = accelerator.state.fsdp_plugin
+    policy = plugin.mixed_precision_policy
+    computed = getattr(policy, "param_dtype", None)
+    store_packed_as(model, computed or torch.float32)
+    if computed is not None:
+        plugin.mixed_precision_policy = dataclasses.replace(
+            policy, output_dtype=None, reduce_dtype=torch.float32
+        )
 
 
 def is_prepared(model: nn.Module, wrapped: Any) -> bool:
@@ -141,9 +178,17 @@ def place(model: nn.Module, device: torch.device) -> None:
         model.to(device)
 
 
-def full_size_bytes(model: nn.Module) -> int:
-    """The bytes of all parameters of `model` when they are whole."""
-    return sum(_numel(parameter) * parameter.element_size() for parameter in model.parameters())
+def full_size_bytes(accelerator: Accelerator, model: nn.Module) -> int:
+    """The bytes of all parameters of `model` when they are gathered."""
+    plugin = getattr(accelerator.state, "fsdp_plugin", None)
+    policy = getattr(plugin, "mixed_precision_policy", None)
+    computed = getattr(policy, "param_dtype", None)
+
+    def size(parameter: nn.Parameter) -> int:
+        converted = computed is not None and parameter.is_floating_point()
+        return computed.itemsize if converted and computed else parameter.element_size()
+
+    return sum(_numel(parameter) * size(parameter) for parameter in model.parameters())
 
 
 def gathered(model: nn.Module, wrapped: Any, engine: Engine) -> AbstractContextManager[None]:
@@ -176,7 +221,11 @@ def _gathered_zero3(wrapped: Any) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _gathered_fsdp2(model: Any) -> Iterator[None]:
-    """By public methods of `FSDPModule`; its own pre-forward then finds nothing to gather."""
+    """Each unit gathers before the first forward, whose own hooks then find nothing to gather.
+
+    Private names of torch 2.13: `_get_fsdp_state`, `_lazy_init`, `_fsdp_param_groups` and
+    `post_forward_mesh_info`. tests/ppo/test_engines.py fails when one of them moves.
+    """
     from torch.distributed.fsdp import FSDPModule
 
     units = [module for module in model.modules() if isinstance(module, FSDPModule)]
@@ -206,7 +255,7 @@ def _fsdp_settings(args: Any) -> dict[str, Any] | None:
         config = args.fsdp_config or {}
         return {
             "version": int(config.get("version", config.get("fsdp_version", 2))),
-            "activation_checkpointing": config.get("activation_checkpointing", False),
+            "activation_checkpointing": _on(str(config.get("activation_checkpointing", False))),
         }
     if not _on(os.environ.get("ACCELERATE_USE_FSDP")):
         return None
@@ -218,10 +267,7 @@ def _fsdp_settings(args: Any) -> dict[str, Any] | None:
 
 def _check_fsdp(settings: dict[str, Any]) -> None:
     if settings["version"] != 2:
-        raise ConfigError(
-            "FSDP1 is not supported: it flattens frozen and trained parameters into one, and "
-            "cannot shard a 4-bit base. Set fsdp_version: 2 in the accelerate config."
-        )
+        raise ConfigError(_NO_FSDP1)
     if settings["activation_checkpointing"]:
         raise ConfigError(
             "fsdp_activation_checkpointing recomputes layers without knowing which adapter each "
@@ -242,8 +288,9 @@ def _parallel_size(args: Any, name: str) -> int:
 def _check_loaded_whole(name: str, module: nn.Module) -> None:
     from torch.distributed.tensor import DTensor
 
+    split = (getattr(module, "tp_size", None) or 1) > 1
     for parameter in module.parameters():
-        if isinstance(parameter, DTensor):
+        if split or isinstance(parameter, DTensor):
             raise ConfigError(
                 f"The {name} was sharded while it was loaded (tensor or expert parallelism), which "
                 "is not supported: load it whole, and shard it with FSDP2 or ZeRO-3."
@@ -252,6 +299,11 @@ def _check_loaded_whole(name: str, module: nn.Module) -> None:
 
 def _numel(parameter: Any) -> int:
     return int(getattr(parameter, "ds_numel", parameter.numel()))
+
+
+def _several_machines() -> bool:
+    world = int(os.environ.get("WORLD_SIZE", "1"))
+    return world > int(os.environ.get("LOCAL_WORLD_SIZE", str(world)))
 
 
 def _on(value: str | None) -> bool:

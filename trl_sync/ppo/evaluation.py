@@ -47,7 +47,7 @@ class EvaluationLoader:
         for number in range(self._num_batches):
             start = number * self._batch_size
             rows = self._own[start : start + self._batch_size]
-            # A rank without rows left repeats a prompt: under ZeRO-3 the others need its pass.
+            # A rank without rows left repeats a prompt: a rollout has at least one.
             yield EvaluationBatch(prompts=self.dataset.batch(rows or [0]), num_counted=len(rows))
 
 

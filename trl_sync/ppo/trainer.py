@@ -7,6 +7,7 @@ import dataclasses
 import functools
 import time
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -37,11 +38,12 @@ from trl_sync.ppo.completions import answer_prompts, log_completions
 from trl_sync.ppo.config import BatchPlan, PPOConfig
 from trl_sync.ppo.engine_state import expect_trained_only
 from trl_sync.ppo.engines import (
+    Engine,
     check_active_engine,
     check_loaded_whole,
     engine_of,
     is_prepared,
-    make_shardable,
+    keep_exact,
     place,
 )
 from trl_sync.ppo.evaluation import EvaluationLoader, evaluate_prompts
@@ -189,7 +191,7 @@ class PPOTrainer(TrlAttributes, ModelCardMixin, CheckpointMixin):
         check_active_engine(args, self.accelerator)
         self.engine = engine_of(self.accelerator)
         check_loaded_whole({"model": models, **reward_modules(rewards)})
-        make_shardable(self.accelerator, models)
+        keep_exact(self.accelerator, models)
         if self.engine.is_deepspeed:
             expect_trained_only(models)
         share_initial_state(self.accelerator, models, reward_modules(rewards))
@@ -291,13 +293,15 @@ class PPOTrainer(TrlAttributes, ModelCardMixin, CheckpointMixin):
     ) -> Any:
         """The PPO loss of one micro-batch, as its share of the global mini-batch's loss."""
         mask = inputs["response_mask"]
-        outputs = model(
-            inputs["input_ids"],
-            inputs["attention_mask"],
-            mask,
-            roles=(POLICY, VALUE),
-            temperature=self.args.temperature,
-        )
+        # Of the engines only FSDP2 leaves it to the caller; rollouts enter it everywhere.
+        with self.accelerator.autocast() if self.engine is Engine.FSDP2 else nullcontext():
+            outputs = model(
+                inputs["input_ids"],
+                inputs["attention_mask"],
+                mask,
+                roles=(POLICY, VALUE),
+                temperature=self.args.temperature,
+            )
         loss, statistics = ppo_loss(
             outputs[POLICY]["logprobs"],
             outputs[VALUE]["values"],
