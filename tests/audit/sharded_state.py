@@ -12,9 +12,13 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
 
 from trl_sync.audit.compare import Comparison
+from trl_sync.audit.config import AuditConfig
 from trl_sync.audit.findings import Scope
 from trl_sync.audit.inventory import Inventory
-from trl_sync.audit.sharding import layout_of, sharded_parameters
+from trl_sync.audit.judge import Judge
+from trl_sync.audit.sharding import layout_of, local_tensor, sharded_parameters
+from trl_sync.audit.snapshot import Kind
+from trl_sync.audit.snapshotter import Snapshotter
 from trl_sync.audit.update_hooks import on_backward_through
 
 
@@ -27,6 +31,7 @@ def look() -> dict[str, Any]:
         "gathered": gathered_root(pairs),
         "backward": backward(),
         "split": split(),
+        "declared": declared_move(),
     }
 
 
@@ -44,6 +49,7 @@ def layouts(pairs: DeviceMesh) -> dict[str, tuple[Any, ...]]:
         "sharded twice": distribute_tensor(whole, pairs, [Shard(0), Shard(1)]),
         "partial sums": DTensor.from_local(whole, pairs, [Partial(), Shard(0)]),
         "half the ranks": DTensor.from_local(whole, half, [Replicate()], run_check=False),
+        "half the ranks, sharded": DTensor.from_local(whole, half, [Shard(0)], run_check=False),
     }
     found = {}
     for name, tensor in tensors.items():
@@ -116,5 +122,27 @@ def split() -> dict[str, Any]:
     }
     difference = pairs.localize(tensor, reference_rank=pairs.ranks[0])
     found["difference"] = None if difference is None else (difference.rank, difference.index)
+    comparison.close()
+    return found
+
+
+def declared_move() -> list[tuple[Any, ...]]:
+    """Three audits of a frozen model, of which one rank's shard moves before the second: equal,
+    still parted, parameters were equal, findings.
+    """
+    model = nn.Linear(8, 8).requires_grad_(False)
+    fully_shard(model, mesh=init_device_mesh("cpu", (4,)))
+    inventory, comparison = Inventory(model), Comparison(timeout_s=60)
+    snapshotter = Snapshotter(inventory, AuditConfig(), [Scope.FROZEN])
+    snapshotter.declared_sync = "the reference follows"
+    judge = Judge(comparison, snapshotter, 1)
+    found = []
+    for step, kind in enumerate((Kind.BEGIN, Kind.FULL, Kind.FULL)):
+        if step == 1 and comparison.rank == 1:
+            local_tensor(model.weight).data.add_(1.0)
+        report, _ = judge.judge(snapshotter.full(kind, step, step + 1, 0))
+        findings = [(f.cause.value, f.ranks, f.fatal) for f in report.findings]
+        found.append((report.equal, report.still_parted, judge.parameters_were_equal, findings))
+    snapshotter.close()
     comparison.close()
     return found

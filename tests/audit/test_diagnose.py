@@ -398,11 +398,22 @@ def test_what_a_rank_found_by_itself_is_said_once_for_all_that_found_it() -> Non
     assert finding.role == "value"
 
 
-@pytest.mark.parametrize("num_ranks_that_found, fatal", [(3, False), (2, True)])
+@pytest.mark.parametrize(
+    "num_ranks_that_found, changes, fatal",
+    [
+        (3, {"cause": Cause.FROZEN_CHANGED}, False),
+        (2, {"cause": Cause.FROZEN_CHANGED}, True),
+        (1, {"cause": Cause.QUANTIZATION_CHANGED}, True),
+        # Ranks that hold other parts see the move at other audits, or have none of it.
+        (2, {"cause": Cause.FROZEN_CHANGED, "in_parts": True}, False),
+        # One rank's part of a 16-bit parameter may stand still by itself.
+        (1, {"cause": Cause.NEVER_UPDATED}, False),
+    ],
+)
 def test_what_was_declared_is_fatal_only_if_not_all_did_it(
-    num_ranks_that_found: int, fatal: bool
+    num_ranks_that_found: int, changes: dict[str, Any], fatal: bool
 ) -> None:
-    local = (stuck(fatal=False),)
+    local = (stuck(fatal=False, **changes),)
     ranks = [evidence(r, local=local if r < num_ranks_that_found else ()) for r in range(3)]
     assert only(ranks).fatal is fatal
 
@@ -478,6 +489,7 @@ def test_edits_of_other_shards_do_not_make_up_for_each_other() -> None:
     finding = only(ranks, counters={"edited"})
     assert (finding.ranks, finding.num_tensors, finding.tensor) == ((0, 1), 2, NAMES[0])
     assert finding.evidence.startswith("Its shard on rank 0")
+    assert "call auditor.expect_edits() on every rank" in finding.evidence
 
 
 def replicas(letters: str, slot: Slot, **changes: Any) -> list[Evidence]:

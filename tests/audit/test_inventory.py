@@ -133,6 +133,28 @@ def test_tensors_without_bytes_are_reported() -> None:
     inventory.close()
 
 
+class Rate(float):
+    """A learning rate that, as a tensor on a GPU would, counts how often it is waited for."""
+
+    waits = 0
+
+    def __float__(self) -> float:
+        Rate.waits += 1
+        return super().__float__()
+
+
+def test_learning_rates_are_waited_for_once_a_group() -> None:
+    net = model()
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
+    optimizer.param_groups[0]["lr"] = Rate(0.1)
+    Rate.waits = 0
+    inventory = Inventory(net, optimizer)
+    assert set(inventory.learning_rates().values()) == {0.1}
+    assert Rate.waits == 1 < len(inventory.learning_rates())
+    assert inventory.group_learning_rates() == [0.1]
+    inventory.close()
+
+
 def test_a_sparse_gradient_has_bytes() -> None:
     net = nn.Embedding(6, 2, sparse=True)
     inventory = Inventory(net)

@@ -38,6 +38,17 @@ def test_expected_motion(
     assert expected_motion(parameter(value, gradient, dtype), rate) is expected
 
 
+def test_nothing_is_expected_of_an_empty_shard(monkeypatch: pytest.MonkeyPatch) -> None:
+    empty = nn.Parameter(torch.empty(0, 4))
+    empty.grad = torch.empty(0, 4)
+
+    def asked(tensor: torch.Tensor) -> bool:
+        raise AssertionError("a question that waits for the device")
+
+    monkeypatch.setattr(torch.Tensor, "__bool__", asked)
+    assert expected_motion(empty, 1e-3) is Motion.NOTHING
+
+
 def run(
     liveness: Liveness, still: set[str], moving: Motion = Motion.MOVE
 ) -> tuple[list[str], list[str]]:

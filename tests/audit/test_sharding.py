@@ -54,6 +54,7 @@ def test_partitions_have_no_twin() -> None:
         (partitioned(ds_secondary_tensor=torch.ones(4)), "hpZ"),
         (partitioned(ds_tensor=torch.empty(0)), "disk"),
         (partitioned(ds_tensor=None), "not partitioned"),
+        (partitioned(ds_process_group=types.SimpleNamespace(size=lambda: 1)), "some of the ranks"),
         (type("FlatParameter", (nn.Parameter,), {})(torch.ones(2)), "FSDP1"),
     ],
 )
@@ -85,9 +86,9 @@ def test_layouts_on_a_mesh(seen: list[dict[str, Any]]) -> None:
         )
         assert found["sharded twice"] == ("history", (rank,), (), None)
         assert "partial sums" in found["partial sums"][3]
-        assert ("only some of 4" if rank < 2 else f"rank {rank} is not on") in found[
-            "half the ranks"
-        ][3]
+        for name in ("half the ranks", "half the ranks, sharded"):
+            reason = "only some of 4" if rank < 2 else f"rank {rank} is not on"
+            assert reason in found[name][3]
 
 
 @pytest.mark.ranks
@@ -110,6 +111,14 @@ def test_the_inventory_sees_what_the_optimizer_holds(seen: list[dict[str, Any]])
     schema = seen[0]["gathered"]["schema"]
     assert [shape for *_, shape in schema] == [(5, 4), (5,), (3, 5), (3,)]
     assert "mesh (2, 2)" in schema[0][2]
+
+
+@pytest.mark.ranks
+def test_a_declared_move_of_one_shard_is_a_warning(seen: list[dict[str, Any]]) -> None:
+    nothing = (True, False, True, [])
+    warning = (True, False, True, [("frozen_changed", (1,), False)])
+    for answer in seen:
+        assert answer["declared"] == [nothing, warning, nothing]
 
 
 @pytest.mark.ranks

@@ -149,8 +149,15 @@ class SyncAuditor:
         self._snapshotter.declared_sync = reason
 
     def expect_edits(self) -> None:
-        """The trainable parameters have been set on purpose since the last update, on all ranks."""
+        """The trainable parameters have been set on purpose since the last update, on all ranks.
+
+        Every rank calls it, between the edit and the next update. Collective where verdicts come
+        late: the one on the last update, which knows nothing of the edit, is waited for.
+        """
         self.begin()
+        if not self.should_stop:
+            with self._timed():
+                self.drain()
         self._snapshotter.forget_parameters()
 
     def check(self, step: int | None = None) -> SyncReport:

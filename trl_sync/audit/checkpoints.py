@@ -46,6 +46,14 @@ def write_checkpoint_manifest(auditor: SyncAuditor, folder: Path, step: int) -> 
         reason = f"ranks differ at step {step}: {auditor.last_equal_step} was the last equal one"
     auditor.inventory.refresh(force=True)
     auditor.comparison.barrier()
+    _write(auditor, folder, step, reason)
+    # Else the others would wait for rank 0's files and checksums in training's next collective,
+    # whose limit may be shorter than the audit's.
+    auditor.comparison.barrier()
+
+
+def _write(auditor: SyncAuditor, folder: Path, step: int, reason: str | None) -> None:
+    """The manifest, by rank 0, from what all hold; `reason`: why it is unverified. Collective."""
     try:
         state = _state_to_write(auditor)
         if not auditor.is_main_process:

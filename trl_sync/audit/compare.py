@@ -1,6 +1,7 @@
-"""The audit's only collectives: numbers that every rank must share, and what to show if not.
+"""The audit's collectives: numbers that every rank must share, and what to show if not.
 
-Every rank calls them in the same order. On the healthy path there is one, of constant size.
+Every rank calls them in the same order. On the healthy path there is one, of constant size. Only
+the sharded tensors of manifests are gathered elsewhere, on the groups that the engine uses.
 """
 
 from __future__ import annotations

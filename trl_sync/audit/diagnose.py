@@ -13,6 +13,8 @@ from trl_sync.audit.snapshot import Kind, Slot
 
 # Statistics that every rank gathers from its own data.
 BATCH_STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
+# What may be declared, and must then happen on all ranks.
+DECLARABLE = (Cause.FROZEN_CHANGED, Cause.QUANTIZATION_CHANGED)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -141,7 +143,9 @@ def _edited_shards(evidence: Sequence[Evidence], context: Context) -> list[Findi
             role=context.role_of.get(first),
             num_tensors=len(names),
             last_equal_step=context.last_equal_step,
-            evidence=f"Its shard on {_named(names[first])} changed after the last update.",
+            evidence=f"Its shard on {_named(names[first])} changed after the last update. Was it "
+            "meant, such as clamping values or zeroing a row? Then call auditor.expect_edits() on "
+            "every rank right after it.",
         )
     ]
 
@@ -293,8 +297,9 @@ def _local(evidence: Sequence[Evidence], context: Context) -> list[Finding]:
         names = list(dict.fromkeys(name for _, local in members for name in local.tensors))
         ranks = tuple(dict.fromkeys(rank for rank, _ in members))
         first = members[0][1]
-        # A declared move that only some ranks made is none.
-        fatal = fatal or len(ranks) < len(evidence)
+        # A declared move that only some ranks made is none, if all would have seen it now.
+        together = cause in DECLARABLE and not any(local.in_parts for _, local in members)
+        fatal = fatal or (together and len(ranks) < len(evidence))
         findings.append(
             Finding(
                 cause=cause,

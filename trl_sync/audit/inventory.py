@@ -204,25 +204,24 @@ class Inventory:
         return self._is_fsdp1 or not all(tensors.is_plain for tensors in self._looked_at.values())
 
     def managed_by_fsdp2(self) -> set[int]:
-        """The ids of parameters that FSDP2 gathers for the forward: no hook on them ever fires."""
+        """The ids of parameters that FSDP2 gathers for the forward: they get no hooks, for a
+        post-accumulate hook fires on sharded ones, too, but makes the copy of their gradients to
+        the CPU blocking under CPU offload (torch 2.13).
+        """
         return {id(place.sharded_param) for place in self._fsdp_places.values()}
 
     def learning_rates(self) -> dict[int, float]:
         """The learning rate of each parameter of the optimizer, by its id."""
         if self.optimizer is None:
             return {}
-        return {
-            id(p): float(group["lr"])
-            for group in self.optimizer.param_groups
-            # Optimizers that choose it themselves, such as Adafactor, have None.
-            if group.get("lr") is not None
-            for p in group["params"]
-        }
+        # Once a group: a rate that is a tensor on a GPU is waited for.
+        rates = ((group, _learning_rate(group)) for group in self.optimizer.param_groups)
+        return {id(p): rate for group, rate in rates if rate is not None for p in group["params"]}
 
     def group_learning_rates(self) -> list[float]:
         """The learning rate of each group; ZeRO-3 shows no parameters in them."""
         groups = [] if self.optimizer is None else self.optimizer.param_groups
-        return [float(group["lr"]) for group in groups if group.get("lr") is not None]
+        return [rate for rate in map(_learning_rate, groups) if rate is not None]
 
     def schema(self) -> list[tuple[str, str, str, tuple[int, ...]]]:
         """Scope, name, type with layout, and whole shape of parameters and quantization state.
@@ -427,6 +426,12 @@ def unsupported_reason(tensor: Tensor) -> str | None:
     if tensor.layout is not torch.strided or tensor.is_quantized:
         return f"of layout {tensor.layout}, type {tensor.dtype}"
     return None
+
+
+def _learning_rate(group: Mapping[str, Any]) -> float | None:
+    """None of optimizers that choose it themselves, such as Adafactor."""
+    rate = group.get("lr")
+    return None if rate is None else float(rate)
 
 
 def _is_deepspeed_engine(module: nn.Module) -> bool:

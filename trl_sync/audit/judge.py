@@ -89,6 +89,9 @@ class Judge:
         if counters or slots or parted or snapshot.local:
             findings = self._investigate(snapshot, checksums, history, counters, slots, parted)
         self._damaged |= any(_is_edited_shard(finding) for finding in findings)
+        # What only some ranks found by themselves, or edited of their own shards, parts nobody
+        # unless it is fatal. A shard that all edited differs in its name if some have none of it.
+        parting = counters - {"edited", "local"}
         report = SyncReport(
             step=snapshot.step,
             audit=snapshot.audit,
@@ -96,14 +99,14 @@ class Judge:
             roots={slot.value: root.hex() for slot, root in roots.items()},
             size_bytes=snapshot.size_bytes,
             seconds=time.perf_counter() - started_s,
-            # A shard that all ranks edited alike differs in its name only, if some have none of it.
-            still_parted=bool(counters - {"edited"} or (slots | parted) - {Slot.BUFFERS})
-            or self._damaged,
+            still_parted=bool(parting or (slots | parted) - {Slot.BUFFERS}) or self._damaged,
         )
         # A slice that is equal does not make up for another one that was not.
         whole = snapshot.kind in (Kind.BEGIN, Kind.FULL)
         parameters = {Slot.BEFORE, Slot.AFTER}
-        self.parameters_were_equal = not counters and not (slots | parted) & parameters
+        self.parameters_were_equal = not (
+            (counters if report.fatal else parting) or (slots | parted) & parameters
+        )
         self.note_outcome(report.step, equal=report.equal and (self.was_equal or whole))
         return report, history
 
@@ -123,8 +126,7 @@ class Judge:
         return differing_slots(self._replicas.agree(root_words(checksums.replica_roots())))
 
     def _learning_rates(self) -> tuple[float, ...]:
-        rates = self._inventory.learning_rates().values()
-        return tuple(sorted(set(rates) or set(self._inventory.group_learning_rates())))
+        return tuple(sorted(set(self._inventory.group_learning_rates())))
 
     def _schema_checksum(self) -> tuple[int, int]:
         if self._schema[0] != self._inventory.version:

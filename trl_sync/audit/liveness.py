@@ -85,7 +85,7 @@ def expected_motion(parameter: Tensor, learning_rate: float) -> Motion:
     gradient, parameter = local_tensor(parameter.grad), local_tensor(parameter)
     if gradient is None or gradient.is_sparse or learning_rate <= 0.0:
         return Motion.NOTHING
-    if not parameter.dtype.is_floating_point:
+    if not parameter.dtype.is_floating_point or not parameter.numel():
         return Motion.NOTHING
     number = torch.finfo(parameter.dtype)
     is_clear = False

@@ -118,7 +118,8 @@ def record_sharded(
     if len({names for names, _ in everyone}) != 1:
         raise CheckpointError(f"{_OTHER_TENSORS}.")
     records: dict[str, dict[str, TensorRecord]] = {}
-    parts = [_join(own) for own in zip(*(own for _, own in everyone), strict=True)]
+    by_member = zip(*(own for _, own in everyone), strict=True)
+    parts = [_join(own) if comparison.rank == 0 else {} for own in by_member]
     found = [_known_sum(m, p, known) for m, p in zip(members, parts, strict=True)]
     wanted = comparison.gather([i for i, checksum in enumerate(found) if checksum is None])[0]
     for i in wanted:
@@ -143,9 +144,8 @@ def _names(members: Sequence[ShardedTensor]) -> str:
 
 def _join(own: Sequence[Mapping[str, str]]) -> dict[str, str]:
     """The parts of all ranks by position; of replicas that of the lowest rank."""
-    joined: dict[str, str] = {}
-    for part in own:
-        joined = {**part, **joined}
+    # Of equal keys the last one stays.
+    joined = {span: checksum for part in reversed(own) for span, checksum in part.items()}
     return dict(sorted(joined.items(), key=lambda item: _bounds(item[0])))
 
 

@@ -16,7 +16,10 @@ from trl_sync.audit.inventory import Inventory
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LocalFinding:
-    """What one rank sees by itself; `tensors` may be empty."""
+    """What one rank sees by itself; `tensors` may be empty.
+
+    `in_parts`: of some of what it looks at, other ranks hold other parts, and may see nothing.
+    """
 
     cause: Cause
     scope: Scope
@@ -25,6 +28,7 @@ class LocalFinding:
     evidence: str = ""
     fatal: bool = True
     last_equal_step: int | None = None
+    in_parts: bool = False
 
 
 class RoleWatch:

@@ -80,6 +80,9 @@ def _zero_layout(tensor: Any, world_size: int) -> Layout:
         return Layout(reason="ZeRO-3 has not partitioned it")
     if getattr(tensor, "ds_secondary_tensor", None) is not None:
         return Layout(reason="ZeRO-3 keeps a second partition of it (hpZ), which may differ")
+    group = getattr(tensor, "ds_process_group", None)
+    if group is not None and (size := dist.get_world_size(group)) != world_size:
+        return Layout(reason=f"partitioned over some of the ranks ({size} of {world_size})")
     # A partition that was moved to a disk has left an empty tensor behind.
     if partition.numel() == 0 and tensor.ds_numel:
         return Layout(reason="ZeRO-3 has moved its partition to a disk")
@@ -97,12 +100,12 @@ def _dtensor_layout(mesh: Any, placements: tuple[Any, ...], rank: int, world_siz
     holders = next((group for group in partition if rank in group), ())
     if not holders:
         return Layout(reason=f"rank {rank} is not on its mesh ({text})")
+    if sum(map(len, partition)) != world_size:
+        return Layout(reason=f"its mesh holds only some of {world_size} ranks ({text})")
     if len(holders) == world_size:
         return Layout(form=Form.DTENSOR, holders=holders, text=text)
     if len(holders) == 1:
         return Layout(form=Form.DTENSOR, reach=Reach.SELF, holders=holders, text=text)
-    if sum(map(len, partition)) != world_size:
-        return Layout(reason=f"its mesh holds only some of {world_size} ranks ({text})")
     return Layout(
         form=Form.DTENSOR,
         reach=Reach.REPLICAS,

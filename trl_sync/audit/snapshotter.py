@@ -289,6 +289,9 @@ class Snapshotter:
                     evidence=text,
                     fatal=self.declared_sync is None,
                     last_equal_step=snapshot.frozen.last_step if snapshot.frozen else None,
+                    # A rank that sees its own part move looks at all, and accepts all: even what
+                    # every rank holds is then seen to move at different audits.
+                    in_parts=any(p.reach is not Reach.ALL for p in everything.pieces),
                 )
             )
         return findings
