@@ -208,7 +208,7 @@ def generated_runs(engine: str, folder: Path) -> dict[str, Any]:
                 "frozen": frozen_bytes(trainer),
                 "evaluated": trainer.evaluate(tiny.prompts(5))["eval_objective/response_length"],
                 "lengths": different_lengths(trainer, rank),
-                "gathered_bytes": trainer._gathered_bytes,
+                "gathered_bytes": runs.rows(trainer)[-1].get("gathered_bytes"),
                 "engine": trainer.engine.value,
             }
             trainer.save_model(str(folder / "final"))

@@ -340,6 +340,8 @@ class PPOTrainer(TrlAttributes, ModelCardMixin, CheckpointMixin):
                 "lr": logs["learning_rate"],
                 "episode": self.episodes,
             }
+            if self._gathered_bytes is not None:
+                logs["gathered_bytes"] = self._gathered_bytes
             if self._value_learning_rate is not None:
                 logs["value_lr"] = self._value_learning_rate
         super().log(logs, start_time)
