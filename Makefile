@@ -14,7 +14,7 @@ demo: $(INSTALLED)
 		--dynamo_backend no recipes/ppo.py
 
 # All but the tests of the engines, which have commands of their own.
-test: $(INSTALLED) .oracle/trl
+test: $(VENV)/.deepspeed .oracle/trl
 	$(BIN)/python -m pytest -m "not engines"
 
 # PPO and the audit under DDP, ZeRO-1/2/3, FSDP2 and HSDP on CPU ranks; ends with a table.

@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate.utils import DeepSpeedSchedulerWrapper
 from accelerate.utils.fsdp_utils import save_fsdp_optimizer
 from torch import nn
 from torch.distributed.checkpoint.api import CheckpointException
@@ -93,8 +92,7 @@ class EngineStateMixin(Trainer):
         else:
             super()._save_optimizer_and_scheduler(output_dir)
             return
-        # DeepSpeed saves a scheduler of its own together with the rest.
-        if self.args.should_save and not isinstance(self.lr_scheduler, DeepSpeedSchedulerWrapper):
+        if self.args.should_save and not self._engine_saves_scheduler():
             torch.save(self.lr_scheduler.state_dict(), Path(output_dir) / SCHEDULER_NAME)
 
     def _announce_gather(self) -> None:
@@ -105,6 +103,15 @@ class EngineStateMixin(Trainer):
                 f"{self.engine.value} gathers all parameters, {self._gathered_bytes:,} bytes on "
                 "each process, once for every rollout, evaluation and save."
             )
+
+    def _engine_saves_scheduler(self) -> bool:
+        """Whether DeepSpeed has a scheduler of its own, which it saves together with the rest."""
+        if not self.engine.is_deepspeed:
+            return False
+        # accelerate has this name only where DeepSpeed is installed.
+        from accelerate.utils import DeepSpeedSchedulerWrapper
+
+        return isinstance(self.lr_scheduler, DeepSpeedSchedulerWrapper)
 
     def _load_best_partitioned(self) -> None:
         """The best checkpoint back into DeepSpeed's partitions."""
