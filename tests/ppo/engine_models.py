@@ -14,7 +14,7 @@ import engine_runs
 import engines
 import runs
 import tiny
-from trl_sync import ConfigError, PPOTrainer
+from trl_sync import CheckpointError, ConfigError, PPOTrainer
 from trl_sync.backbone.fingerprint import fingerprint_of
 from trl_sync.backbone.loading import load_base
 from trl_sync.backbone.quantization import store_packed_as
@@ -125,7 +125,7 @@ def go_on(engine: str, path: str) -> dict[str, Any]:
     trainer = make(engine, folder, ranks, seen, separate=False)
     try:
         values = train(trainer, resume_from_checkpoint=True)
-    except Exception as error:
+    except CheckpointError as error:
         return {"error": f"{type(error).__name__}: {error}"}
     return {"seen": seen, "steps": trainer.state.global_step, "values": flat(values)}
 
