@@ -1,18 +1,22 @@
 """Hidden states -> log-probabilities and entropies of given tokens, in chunks.
 
 The logits of a whole batch (tokens x vocabulary) are the largest tensor of PPO at 8B and below.
-Here they exist for one chunk of tokens at a time and are recomputed in the backward pass.
+Here they exist for one chunk of tokens at a time. The log-probability of a token depends on its own
+hidden state alone, so below a frozen head its gradient is a number that the backward pass brings,
+times a vector that the forward pass can compute while it has the logits. Below a head that trains
+the logits are recomputed in the backward pass.
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
 from trl_sync.errors import ConfigError
@@ -85,6 +89,11 @@ class CausalHead:
         return module
 
     @property
+    def trains(self) -> bool:
+        """Whether a parameter of the output embedding requires a gradient."""
+        return any(parameter.requires_grad for parameter in self.linear.parameters())
+
+    @property
     def vocabulary_size(self) -> int:
         return int(self._config.vocab_size)
 
@@ -116,14 +125,20 @@ def chunked_token_statistics(
     vocabulary_size: int,
     temperature: float = 1.0,
     chunk_bytes: int = CHUNK_BYTES,
+    head_trains: bool = True,
     context_fn: Callable[[], tuple[Any, Any]] | None = None,
 ) -> tuple[Float[Tensor, " N"], Float[Tensor, " N"]]:
-    """`token_statistics` of `head(hidden)` with at most `chunk_bytes` of fp32 logits alive at once.
+    """`token_statistics` of `head(hidden)`, in chunks of at most `chunk_bytes` of fp32 logits.
 
-    With more than one chunk, each chunk's logits are recomputed in the backward pass.
-    `context_fn` is passed on to `torch.utils.checkpoint`.
+    A head that trains gets its gradients, for which the logits are recomputed in the backward pass
+    if there is more than one chunk; `context_fn` is passed on to `torch.utils.checkpoint`.
     """
     chunk_tokens = max(1, chunk_bytes // (4 * vocabulary_size))
+    if torch.is_grad_enabled() and not head_trains:
+        logprobs, entropies = _BelowFrozenHead.apply(
+            hidden, tokens, head, temperature, chunk_tokens
+        )
+        return logprobs, entropies
 
     def statistics(part: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
         return token_statistics(head(part), targets, temperature)
@@ -134,11 +149,63 @@ def chunked_token_statistics(
     if torch.is_grad_enabled():
         contexts: dict[str, Any] = {} if context_fn is None else {"context_fn": context_fn}
         step = functools.partial(checkpoint, statistics, use_reentrant=False, **contexts)
-    parts = [
-        step(part, targets)
-        for part, targets in zip(
-            hidden.split(chunk_tokens), tokens.split(chunk_tokens), strict=True
-        )
-    ]
+    parts = [step(*part) for part in _chunks(hidden, tokens, chunk_tokens)]
     logprobs, entropies = zip(*parts, strict=True)
     return torch.cat(logprobs), torch.cat(entropies)
+
+
+class _BelowFrozenHead(torch.autograd.Function):
+    """`token_statistics` whose gradient reaches the hidden states alone, without logits kept."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        tokens: Tensor,
+        head: Callable[[Tensor], Tensor],
+        temperature: float,
+        chunk_tokens: int,
+    ) -> tuple[Tensor, Tensor]:
+        parts = [
+            _statistics_and_slope(part, targets, head, temperature)
+            for part, targets in _chunks(hidden, tokens, chunk_tokens)
+        ]
+        logprobs, entropies, slopes = (torch.cat(column) for column in zip(*parts, strict=True))
+        ctx.save_for_backward(slopes)
+        ctx.mark_non_differentiable(entropies)
+        return logprobs, entropies
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, of_logprobs: Tensor, of_entropies: Tensor) -> Any:
+        (slopes,) = ctx.saved_tensors
+        return (of_logprobs.unsqueeze(1) * slopes).to(slopes.dtype), None, None, None, None
+
+
+def _statistics_and_slope(
+    hidden: Tensor, tokens: Tensor, head: Callable[[Tensor], Tensor], temperature: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`token_statistics`, and the derivative [N, H] of each log-probability by its hidden state."""
+    with torch.enable_grad():
+        hidden = hidden.detach().requires_grad_()
+        logits = head(hidden)
+    scaled = logits.detach().float()
+    if temperature != 1.0:
+        scaled = scaled / temperature
+    log_distribution = scaled.log_softmax(-1)
+    logprobs = log_distribution.gather(-1, tokens.unsqueeze(-1)).squeeze(-1)
+    distribution = log_distribution.exp()
+    entropies = -(distribution.unsqueeze(1) @ log_distribution.unsqueeze(2)).flatten()
+    # The derivative by the logits: 1 at the token, minus the distribution.
+    slope = distribution.neg_()
+    slope.scatter_add_(-1, tokens.unsqueeze(-1), torch.ones_like(logprobs).unsqueeze(-1))
+    if temperature != 1.0:
+        slope /= temperature
+    (of_hidden,) = torch.autograd.grad(logits, hidden, slope.to(logits.dtype))
+    return logprobs, entropies, of_hidden
+
+
+def _chunks(
+    hidden: Tensor, tokens: Tensor, chunk_tokens: int
+) -> Iterator[tuple[Tensor, Tensor]]:
+    return zip(hidden.split(chunk_tokens), tokens.split(chunk_tokens), strict=True)

@@ -20,6 +20,7 @@ from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from torch.nn import functional
 
+from trl_sync.backbone.low_rank import LowRank, add_low_rank
 from trl_sync.errors import ConfigError
 
 # One entry per equal slice of the batch: the adapter's name, or None for the base alone.
@@ -144,25 +145,52 @@ class AdapterRouter:
         return contextlib.nullcontext(), self.routes(*self.active)
 
     def _add_updates(self, layer: Any, args: tuple[Any, ...], output: Tensor) -> Tensor:
-        adapters = self.active
-        if not any(adapter in layer.scaling for adapter in adapters if adapter is not None):
+        adapters = [adapter if adapter in layer.scaling else None for adapter in self.active]
+        chosen = [adapter for adapter in adapters if adapter is not None]
+        if not chosen:
             return output
         source = args[0]
-        if len(adapters) == 1:
-            return output + _update(layer, adapters[0], source).to(output.dtype)
         if source.shape[0] % len(adapters):
             raise AssertionError(f"{source.shape[0]} rows do not split into {len(adapters)} slices")
+        if all(_is_plain(layer, adapter) for adapter in chosen):
+            return _add_in_place(layer, adapters, source, output)
         slices = zip(
             adapters, source.chunk(len(adapters)), output.chunk(len(adapters)), strict=True
         )
         return torch.cat(
             [
-                base
-                if adapter is None or adapter not in layer.scaling
-                else base + _update(layer, adapter, part).to(base.dtype)
+                base if adapter is None else base + _update(layer, adapter, part).to(base.dtype)
                 for adapter, part, base in slices
             ]
         )
+
+
+def _is_plain(layer: Any, adapter: str) -> bool:
+    """Whether the update is two products and nothing else, with its weights at hand."""
+    if adapter in layer.lora_embedding_A:
+        return False
+    dropout, up = layer.lora_dropout[adapter], layer.lora_B[adapter]
+    drops = isinstance(dropout, nn.Dropout) and dropout.training and dropout.p > 0
+    # DeepSpeed gathers partitioned weights (`ds_id`) only where their module is called.
+    return not drops and up.bias is None and not hasattr(up.weight, "ds_id")
+
+
+def _add_in_place(
+    layer: Any, adapters: Sequence[str | None], source: Tensor, output: Tensor
+) -> Tensor:
+    kind = source.device.type
+    # What autocast would compute the products in, and else the adapter's own type.
+    dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
+
+    def low_rank(adapter: str) -> LowRank:
+        down, up = layer.lora_A[adapter].weight, layer.lora_B[adapter].weight
+        if dtype is not None:
+            down, up = down.to(dtype), up.to(dtype)
+        return LowRank(down=down, up=up, scaling=layer.scaling[adapter])
+
+    updates = [None if adapter is None else low_rank(adapter) for adapter in adapters]
+    wanted = next(update.down.dtype for update in updates if update is not None)
+    return add_low_rank(output, source.to(wanted), updates)
 
 
 def _update(layer: Any, adapter: str | None, source: Tensor) -> Tensor:

@@ -77,6 +77,9 @@ class SeparateModels(OldCheckpointingNames, nn.Module):
             to pass instead.
     """
 
+    # Whether all roles of a pass go through the model as one batch.
+    stacks_roles = False
+
     def __init__(
         self,
         policy: PreTrainedModel | PeftModel,
@@ -340,6 +343,7 @@ class SeparateModels(OldCheckpointingNames, nn.Module):
                 tokens[mask],
                 head,
                 vocabulary_size=head.vocabulary_size,
+                head_trains=head.trains,
                 temperature=temperature,
                 chunk_bytes=self.logprob_chunk_bytes,
             )

@@ -62,6 +62,9 @@ class SharedBackbone(OldCheckpointingNames, nn.Module):
             not supported by the routing, or its 4-bit weights were repacked for inference.
     """
 
+    # Whether all roles of a pass go through the model as one batch.
+    stacks_roles = True
+
     def __init__(
         self,
         model: PreTrainedModel,
@@ -373,6 +376,7 @@ class SharedBackbone(OldCheckpointingNames, nn.Module):
                 tokens[mask],
                 self._head,
                 vocabulary_size=self._head.vocabulary_size,
+                head_trains=self._head.trains,
                 temperature=temperature,
                 chunk_bytes=self.logprob_chunk_bytes,
                 context_fn=self.router.checkpoint_contexts,

@@ -3,9 +3,10 @@
 prompts -> `Rollout` -> `ScoredRollout` -> `Experience` -> micro-batches
 
 Axes: B sequences, P prompt tokens, R response tokens, T = P + R, H hidden, V vocabulary.
-Prompts are padded on the left and responses on the right. Masks are True where a token counts and
-come from lengths and from generation, never from comparing with the padding token. Positions that
-are masked hold 0.0.
+Prompts are padded on the left and responses on the right; a micro-batch is padded on the left only,
+so that each row ends in the last column. Masks are True where a token counts and come from lengths
+and from generation, never from comparing with the padding token. Positions that are masked hold
+0.0.
 """
 
 from __future__ import annotations
@@ -16,6 +17,8 @@ from typing import Any
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
+
+from trl_sync.ppo.padding import Lengths, RightAligned
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -57,6 +60,7 @@ class Rollout:
 class ScoredRollout:
     """A rollout with what each role says about it. Log-probabilities in nats.
 
+    `reference_logprobs` is None where the reference was not asked.
     `scores` are whole episodes'; `token_rewards` is the part of them that stands on tokens of its
     own, the rest stands on the last token. `raw_scores` are the scores as the reward source gave
     them, if they were changed since; `source_scores` are those of each of several sources, NaN
@@ -65,7 +69,7 @@ class ScoredRollout:
 
     rollout: Rollout
     logprobs: Float[Tensor, "B R"]
-    reference_logprobs: Float[Tensor, "B R"]
+    reference_logprobs: Float[Tensor, "B R"] | None
     entropies: Float[Tensor, "B R"]
     values: Float[Tensor, "B R"]
     scores: Float[Tensor, " B"]
@@ -85,26 +89,32 @@ class Experience:
     old_values: Float[Tensor, "B R"]
     advantages: Float[Tensor, "B R"]
     returns: Float[Tensor, "B R"]
+    lengths: Lengths = field(init=False)
+
+    def __post_init__(self) -> None:
+        prompt_mask = self.attention_mask[:, : self.prompt_width]
+        object.__setattr__(self, "lengths", Lengths.of(prompt_mask, self.response_mask))
+
+    @property
+    def prompt_width(self) -> int:
+        return self.input_ids.shape[1] - self.response_mask.shape[1]
 
     def micro_batch(self, rows: Int[Tensor, " N"], loss_denominator: Tensor) -> dict[str, Tensor]:
-        """Those rows without the columns in which all of them are padding.
+        """Those rows, moved right until each ends in the last column, as wide as the longest.
 
-        `loss_denominator` is the number of response tokens in the whole global mini-batch.
+        `rows` are in the host's memory. `loss_denominator` is the number of response tokens in the
+        whole global mini-batch.
         """
-        num_response = self.response_mask.shape[1]
-        attention, response = self.attention_mask[rows], self.response_mask[rows]
-        prompt = attention[:, :-num_response]
-        start = int(prompt.any(0).long().argmax()) if prompt.any() else 0
-        # One column stays even if every response is empty, so that the pass has an output.
-        length = max(1, int(response.sum(1).max()))
-        stop = prompt.shape[1] + length
+        aligned = RightAligned(
+            rows, self.lengths, prompt_width=self.prompt_width, device=self.input_ids.device
+        )
         return {
-            "input_ids": self.input_ids[rows, start:stop],
-            "attention_mask": attention[:, start:stop],
-            "response_mask": response[:, :length],
-            "old_logprobs": self.old_logprobs[rows, :length],
-            "old_values": self.old_values[rows, :length],
-            "advantages": self.advantages[rows, :length],
-            "returns": self.returns[rows, :length],
+            "input_ids": aligned.sequences(self.input_ids),
+            "attention_mask": aligned.sequences(self.attention_mask),
+            "response_mask": aligned.responses(self.response_mask),
+            "old_logprobs": aligned.responses(self.old_logprobs),
+            "old_values": aligned.responses(self.old_values),
+            "advantages": aligned.responses(self.advantages),
+            "returns": aligned.responses(self.returns),
             "loss_denominator": loss_denominator,
         }

@@ -121,15 +121,17 @@ class ExperienceLoader:
         metrics["time/rollout_s"] = rolled_out_s - started_s
         metrics["time/score_s"] = time.perf_counter() - rolled_out_s
         self._on_metrics(metrics)
-        mini_batches = list(self._mini_batches(experience, iteration))
-        tokens = torch.stack([experience.response_mask[rows].sum() for rows in mini_batches])
+        mini_batches = list(self._mini_batches(iteration))
+        own = experience.lengths.responses
+        tokens = torch.stack([own[rows].sum() for rows in mini_batches])
         # An all-empty mini-batch has no loss; 1 keeps its zero a zero.
-        denominators = self._reduce_sum(tokens).clamp(min=1)
+        denominators = self._reduce_sum(tokens.to(self._accelerator.device)).clamp(min=1)
         end = (iteration + 1) * self._plan.updates_per_iteration
         for rows, denominator in zip(mini_batches, denominators, strict=True):
             if self._updates_done() >= end:
                 return
-            for part in rows.split(self._plan.local_micro_batch_size):
+            # Similar lengths share a micro-batch; the gradient of the mini-batch is the same.
+            for part in experience.lengths.parts(self._plan.local_micro_batch_size, rows):
                 yield experience.micro_batch(part, denominator)
 
     def _roll_out(self, indices: list[int]) -> Rollout:
@@ -150,17 +152,15 @@ class ExperienceLoader:
                 self._rewards,
                 temperature=self._config.temperature,
                 batch_size=self._config.local_rollout_forward_batch_size,
+                with_reference=self._config.kl_coef > 0 or self._kl_control.adaptive,
             )
 
-    def _mini_batches(self, experience: Experience, iteration: int) -> Iterator[Tensor]:
+    def _mini_batches(self, iteration: int) -> Iterator[Tensor]:
         """Rows of each mini-batch in the order of the updates; every rank draws the same order."""
-        lengths = experience.response_mask.sum(1)
         for epoch in range(self._plan.num_ppo_epochs):
             generator = self._generator(_MINI_BATCHES, iteration, epoch)
             order = torch.from_numpy(generator.permutation(self._plan.local_batch_size))
-            for rows in order.to(lengths.device).split(self._plan.local_mini_batch_size):
-                # Similar lengths share a micro-batch; the gradient of the mini-batch is the same.
-                yield rows[lengths[rows].argsort(stable=True)]
+            yield from order.split(self._plan.local_mini_batch_size)
 
     def _generator(self, *entropy: int) -> Any:
         return np.random.default_rng([self._config.seed, *entropy])
@@ -181,8 +181,9 @@ def make_experience(
     """
     kl_coef = config.kl_coef if kl_coef is None else kl_coef
     rollout, mask = scored.rollout, scored.rollout.response_mask
-    kl = kl_estimate(scored.logprobs, scored.reference_logprobs, mask, config.kl_estimator)
-    rewards = place_rewards(scored.scores, kl, mask, kl_coef, scored.token_rewards)
+    kl = kl_to_reference(scored, config.kl_estimator)
+    penalised = torch.zeros_like(scored.logprobs) if kl is None else kl
+    rewards = place_rewards(scored.scores, penalised, mask, kl_coef, scored.token_rewards)
     if config.whiten_rewards:
         rewards = whiten(rewards, mask, shift_mean=False, reduce_sum=reduce)
     advantages, returns = generalized_advantages(
@@ -206,14 +207,25 @@ def make_experience(
     return experience, metrics
 
 
-def rollout_metrics(
-    scored: ScoredRollout, kl: Tensor, kl_coef: float, reduce: Callable[[Tensor], Tensor]
-) -> Metrics:
-    """Means over the episodes of all ranks, under the names that TRL's trainer logs."""
+def kl_to_reference(scored: ScoredRollout, estimator: str) -> Tensor | None:
+    """`kl_estimate` at every response token; None where the reference was not asked."""
+    if scored.reference_logprobs is None:
+        return None
     mask = scored.rollout.response_mask
-    penalty = -kl_coef * kl.sum(1)
-    sums = {
-        "objective/kl": kl.sum(1),
+    return kl_estimate(scored.logprobs, scored.reference_logprobs, mask, estimator)
+
+
+def rollout_metrics(
+    scored: ScoredRollout, kl: Tensor | None, kl_coef: float, reduce: Callable[[Tensor], Tensor]
+) -> Metrics:
+    """Means over the episodes of all ranks, under the names that TRL's trainer logs.
+
+    Without `kl` there is no `objective/kl`.
+    """
+    mask = scored.rollout.response_mask
+    of_sequences = {} if kl is None else {"objective/kl": kl.sum(1)}
+    penalty = torch.zeros_like(scored.scores) if kl is None else -kl_coef * kl.sum(1)
+    sums = of_sequences | {
         "objective/entropy": -scored.logprobs.sum(1),
         "objective/non_score_reward": penalty,
         "objective/rlhf_reward": scored.scores + penalty,
@@ -222,7 +234,7 @@ def rollout_metrics(
         "objective/stopped": scored.rollout.stopped,
     }
     squared = scored.scores.double().pow(2).sum()
-    episodes = torch.tensor(len(kl), dtype=torch.float64, device=kl.device)
+    episodes = torch.tensor(len(mask), dtype=torch.float64, device=mask.device)
     columns = [values.double().sum() for values in sums.values()]
     *totals, squared_total, count = reduce(torch.stack([*columns, squared, episodes])).tolist()
     metrics = {name: total / count for name, total in zip(sums, totals, strict=True)}
