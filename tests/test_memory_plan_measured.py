@@ -143,7 +143,7 @@ def test_the_measured_peaks_of_scoring_and_updates(size: int) -> None:
     options = PlanOptions(
         model=architecture,
         batch=2,
-        rollout_batch=2,
+        rollout_batch=6,  # three roles of two sequences each share a pass
         prompt_tokens=64,
         response_tokens=64,
         lora_rank=4,

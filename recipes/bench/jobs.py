@@ -52,25 +52,55 @@ class Shape:
 
 SHAPES = {
     "15m": Shape(
-        **{"hidden": 384, "layers": 6, "heads": 6, "intermediate": 1152, "vocabulary": 4096},
-        **{"prompt_tokens": 48, "response_tokens": 64},
-        **{"micro_batch": 8, "micro_batches": 4, "iterations": 2},
+        hidden=384,
+        layers=6,
+        heads=6,
+        intermediate=1152,
+        vocabulary=4096,
+        prompt_tokens=48,
+        response_tokens=64,
+        micro_batch=8,
+        micro_batches=4,
+        iterations=2,
     ),
     "110m": Shape(
-        **{"hidden": 768, "layers": 12, "heads": 12, "intermediate": 2048, "vocabulary": 16384},
-        **{"prompt_tokens": 48, "response_tokens": 64},
-        **{"micro_batch": 8, "micro_batches": 2, "iterations": 1},
+        hidden=768,
+        layers=12,
+        heads=12,
+        intermediate=2048,
+        vocabulary=16384,
+        prompt_tokens=48,
+        response_tokens=64,
+        micro_batch=8,
+        micro_batches=2,
+        iterations=1,
     ),
     # For a GPU: the shapes of Llama 3.2 1B (its head untied) and of Llama 3.1 8B.
     "1b": Shape(
-        **{"hidden": 2048, "layers": 16, "heads": 32, "intermediate": 8192, "vocabulary": 128256},
-        **{"prompt_tokens": 256, "response_tokens": 256},
-        **{"micro_batch": 8, "micro_batches": 4, "iterations": 2, "dtype": torch.bfloat16},
+        hidden=2048,
+        layers=16,
+        heads=32,
+        intermediate=8192,
+        vocabulary=128256,
+        prompt_tokens=256,
+        response_tokens=256,
+        micro_batch=8,
+        micro_batches=4,
+        iterations=2,
+        dtype=torch.bfloat16,
     ),
     "8b": Shape(
-        **{"hidden": 4096, "layers": 32, "heads": 32, "intermediate": 14336, "vocabulary": 128256},
-        **{"prompt_tokens": 256, "response_tokens": 256},
-        **{"micro_batch": 4, "micro_batches": 8, "iterations": 1, "dtype": torch.bfloat16},
+        hidden=4096,
+        layers=32,
+        heads=32,
+        intermediate=14336,
+        vocabulary=128256,
+        prompt_tokens=256,
+        response_tokens=256,
+        micro_batch=4,
+        micro_batches=8,
+        iterations=1,
+        dtype=torch.bfloat16,
     ),
 }
 
@@ -173,8 +203,9 @@ def numbered_tokenizer(vocabulary: int) -> PreTrainedTokenizerFast:
 
 def embedded_job(lengths: str) -> Job:
     """The task that recipes/ppo.py solves, with responses as long as its model makes them."""
-    from embedded_default import embedded_default
     from transformers import AutoTokenizer
+
+    from embedded_default import embedded_default
 
     task = embedded_default()
     tokenizer = AutoTokenizer.from_pretrained(task.model_path)

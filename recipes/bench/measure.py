@@ -1,4 +1,4 @@
-"""What every benchmark needs: time by phase, peak memory above the imports, the machine, medians."""
+"""What every benchmark needs: time by phase, peak memory, intervals, and the machine."""
 
 from __future__ import annotations
 

@@ -231,7 +231,7 @@ def response_lengths(responses: Any, stop: int | None) -> list[int]:
     """Tokens of each response up to and including the first `stop`."""
     if stop is None:
         return [responses.shape[1]] * len(responses)
-    return [(row + [stop]).index(stop) + 1 for row in responses.tolist()]
+    return [[*row, stop].index(stop) + 1 for row in responses.tolist()]
 
 
 def outcome(
@@ -260,7 +260,7 @@ def outcome(
 
 
 def state_bytes(trainer: Any) -> dict[str, int]:
-    """Bytes of parameters (with quantization state), gradients and optimizer state of all models."""
+    """Bytes of what all models consist of (with quantization state), gradients and optimizer."""
     import torch
 
     models = [trainer.model, trainer.reward_model, getattr(trainer, "ref_model", None)]

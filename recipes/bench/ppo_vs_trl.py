@@ -1,4 +1,4 @@
-"""Our PPO beside TRL 1.12's on the same job: episodes per second, peak memory, time by phase, reward.
+"""Our PPO beside TRL 1.12's on the same job: episodes/s, peak memory, time by phase, reward.
 
     pip install --no-deps --target .oracle trl==1.12.0
     python recipes/bench/ppo_vs_trl.py --pairs 3 --json ppo_vs_trl.json
@@ -6,8 +6,8 @@
 Sides: TRL with four full models (trl) and with `peft_config` on the policy (trl_peft); ours with
 four full models (ours_separate), on one shared base in full precision (ours_shared) and on one in
 NF4 (ours_nf4, its reward model in NF4 too). Jobs: the embedded task, and Llamas with random weights
-of 15 M and 110 M parameters; `natural` responses end by themselves, with `limit` none does. On a GPU
-`--jobs 1b:limit 8b:limit` are there too, in bf16.
+of 15 M and 110 M parameters; `natural` responses end by themselves, with `limit` none does. For a
+GPU there are `--jobs 1b:limit 8b:limit` too, in bf16.
 
 Every run is a process of its own. A round runs each side once, and the order changes from round to
 round. Ratios are medians of each round's own, so a machine that slows down hits both sides.
@@ -61,7 +61,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--jobs", nargs="+", default=list(JOBS), metavar="SIZE:LENGTHS")
     parser.add_argument("--sides", nargs="+", default=list(SIDES), choices=SIDES)
     parser.add_argument("--pairs", type=int, default=3, help="rounds; each runs every side once")
-    parser.add_argument("--episodes", type=int, help="of every run, instead of the job's own number")
+    parser.add_argument("--episodes", type=int, help="of every run, not the job's own number")
     parser.add_argument("--json", type=Path, help="file for all figures")
     options = parser.parse_args()
     for job in options.jobs:

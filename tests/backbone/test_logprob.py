@@ -233,8 +233,13 @@ def test_lora_on_the_lm_head_gets_the_gradients_of_the_models_own_logits(
     assert largest_difference(gradients(backbone.peft_model), gradients(peft)) < RELATIVE
 
 
-@pytest.mark.parametrize("target_modules", ["all-linear", ["lm_head"]], ids=["trunk", "lm_head"])
-def test_one_chunk_of_logits_is_alive_at_a_time(target_modules: Any) -> None:
+@pytest.mark.parametrize(
+    "target_modules, runs_in_backward",
+    # Below a frozen head the backward pass needs no logits.
+    [("all-linear", 0), (["lm_head"], 4)],
+    ids=["trunk", "lm_head"],
+)
+def test_one_chunk_of_logits_is_alive_at_a_time(target_modules: Any, runs_in_backward: int) -> None:
     """Each time the head runs, forward or backward, the storage of its last output is gone."""
     chunk_tokens, batch = 3, ragged_batch(VOCABULARY)
     backbone = backbone_of(
@@ -255,8 +260,9 @@ def test_one_chunk_of_logits_is_alive_at_a_time(target_modules: Any) -> None:
     )
     # 6 + 4 + 2 response tokens in chunks of 3.
     assert len(earlier) == 4
+    assert all(reference.expired() for reference in earlier) or runs_in_backward
     outputs["policy"]["logprobs"].sum().backward()
-    assert len(earlier) == 8
+    assert len(earlier) == 4 + runs_in_backward
 
 
 def test_without_gradients_the_head_runs_once_for_each_chunk() -> None:
@@ -308,12 +314,52 @@ def test_chunk_sizes_follow_the_bytes_of_fp32_logits(chunk_bytes: int, expected:
     )  # fp32
 
 
-def test_no_tokens_give_empty_statistics() -> None:
-    model = CausalHead(tiny.llama())
+@pytest.mark.parametrize("head_trains", [True, False])
+def test_no_tokens_give_empty_statistics(head_trains: bool) -> None:
+    hidden = torch.zeros(0, 64, requires_grad=True)
     logprobs, entropies = chunked_token_statistics(
-        torch.zeros(0, 64), torch.zeros(0, dtype=torch.long), model, vocabulary_size=64
+        hidden,
+        torch.zeros(0, dtype=torch.long),
+        CausalHead(tiny.llama()),
+        vocabulary_size=64,
+        head_trains=head_trains,
     )
     assert logprobs.shape == entropies.shape == (0,)
+    logprobs.sum().backward()
+    assert hidden.grad is not None
+    assert hidden.grad.shape == (0, 64)
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+@pytest.mark.parametrize("chunk_bytes", [1, 3 * 4 * 10, 10**6])
+def test_below_a_frozen_head_gradients_are_those_of_kept_logits(
+    temperature: float, chunk_bytes: int
+) -> None:
+    generator = torch.Generator().manual_seed(0)
+    hidden = torch.randn(7, 6, generator=generator, requires_grad=True)
+    weight = torch.randn(10, 6, generator=generator)
+    weights = torch.randn(7, generator=generator)
+    tokens = torch.tensor([3, 3, 0, 9, 5, 1, 2])
+
+    def head(states: Tensor) -> Tensor:
+        return torch.tanh(states @ weight.T / 3) * 3  # a head that caps its logits
+
+    logprobs, entropies = chunked_token_statistics(
+        hidden,
+        tokens,
+        head,
+        vocabulary_size=10,
+        temperature=temperature,
+        chunk_bytes=chunk_bytes,
+        head_trains=False,
+    )
+    (found,) = torch.autograd.grad((logprobs * weights).sum(), hidden)
+    kept_logprobs, kept_entropies = token_statistics(head(hidden), tokens, temperature)
+    (expected,) = torch.autograd.grad((kept_logprobs * weights).sum(), hidden)
+    torch.testing.assert_close(logprobs, kept_logprobs, rtol=0, atol=2e-6)  # fp32
+    torch.testing.assert_close(entropies, kept_entropies, rtol=0, atol=2e-6)  # fp32
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=2e-6)  # fp32
+    assert not entropies.requires_grad
 
 
 def test_statistics_of_distributions_worked_out_by_hand() -> None:

@@ -78,6 +78,7 @@ def load_base(
             f"{device.type}: {error}. Load it without quantization."
         ) from error
     keep_packed_weights(model)
+    _let_go_of_files(model)
     return model
 
 
@@ -244,6 +245,17 @@ def _check_one_label(path: str, num_labels: int) -> None:
             f"The reward model {path} has {num_labels} labels. PPO needs one number per "
             "episode: use a model with num_labels=1, or a callable that combines the labels."
         )
+
+
+@torch.no_grad()
+def _let_go_of_files(model: PreTrainedModel) -> None:
+    """Copies what is not quantized out of the mapped files it still lies in.
+
+    As long as one tensor lies there, the pages of all that was read and quantized stay in memory.
+    """
+    for tensor in (*model.parameters(), *model.buffers()):
+        if tensor.device.type == "cpu" and getattr(tensor, "quant_state", None) is None:
+            tensor.data = tensor.data.clone()
 
 
 def _describe(config: BitsAndBytesConfig) -> str:

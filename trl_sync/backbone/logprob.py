@@ -195,7 +195,7 @@ def _statistics_and_slope(
     log_distribution = scaled.log_softmax(-1)
     logprobs = log_distribution.gather(-1, tokens.unsqueeze(-1)).squeeze(-1)
     distribution = log_distribution.exp()
-    entropies = -(distribution.unsqueeze(1) @ log_distribution.unsqueeze(2)).flatten()
+    entropies = -log_distribution.mul_(distribution).sum(-1)
     # The derivative by the logits: 1 at the token, minus the distribution.
     slope = distribution.neg_()
     slope.scatter_add_(-1, tokens.unsqueeze(-1), torch.ones_like(logprobs).unsqueeze(-1))
@@ -205,7 +205,5 @@ def _statistics_and_slope(
     return logprobs, entropies, of_hidden
 
 
-def _chunks(
-    hidden: Tensor, tokens: Tensor, chunk_tokens: int
-) -> Iterator[tuple[Tensor, Tensor]]:
+def _chunks(hidden: Tensor, tokens: Tensor, chunk_tokens: int) -> Iterator[tuple[Tensor, Tensor]]:
     return zip(hidden.split(chunk_tokens), tokens.split(chunk_tokens), strict=True)

@@ -153,7 +153,9 @@ class AdapterRouter:
         if source.shape[0] % len(adapters):
             raise AssertionError(f"{source.shape[0]} rows do not split into {len(adapters)} slices")
         if all(_is_plain(layer, adapter) for adapter in chosen):
-            return _add_in_place(layer, adapters, source, output)
+            rates = {_dropout_rate(layer, adapter) for adapter in chosen}
+            if rates == {0.0} or (len(rates) == 1 and len(chosen) == len(adapters)):
+                return _add_in_place(layer, adapters, source, output, dropout=rates.pop())
         slices = zip(
             adapters, source.chunk(len(adapters)), output.chunk(len(adapters)), strict=True
         )
@@ -166,17 +168,29 @@ class AdapterRouter:
 
 
 def _is_plain(layer: Any, adapter: str) -> bool:
-    """Whether the update is two products and nothing else, with its weights at hand."""
+    """Whether the update is two products, dropout apart, with the weights at hand."""
     if adapter in layer.lora_embedding_A:
         return False
     dropout, up = layer.lora_dropout[adapter], layer.lora_B[adapter]
-    drops = isinstance(dropout, nn.Dropout) and dropout.training and dropout.p > 0
     # DeepSpeed gathers partitioned weights (`ds_id`) only where their module is called.
-    return not drops and up.bias is None and not hasattr(up.weight, "ds_id")
+    return (
+        isinstance(dropout, (nn.Dropout, nn.Identity))
+        and up.bias is None
+        and not hasattr(up.weight, "ds_id")
+    )
+
+
+def _dropout_rate(layer: Any, adapter: str) -> float:
+    dropout = layer.lora_dropout[adapter]
+    return float(dropout.p) if isinstance(dropout, nn.Dropout) and dropout.training else 0.0
 
 
 def _add_in_place(
-    layer: Any, adapters: Sequence[str | None], source: Tensor, output: Tensor
+    layer: Any,
+    adapters: Sequence[str | None],
+    source: Tensor,
+    output: Tensor,
+    dropout: float,
 ) -> Tensor:
     kind = source.device.type
     # What autocast would compute the products in, and else the adapter's own type.
@@ -190,7 +204,9 @@ def _add_in_place(
 
     updates = [None if adapter is None else low_rank(adapter) for adapter in adapters]
     wanted = next(update.down.dtype for update in updates if update is not None)
-    return add_low_rank(output, source.to(wanted), updates)
+    # One draw for all slices: every element has its own chance anyway.
+    source = functional.dropout(source.to(wanted), dropout, training=dropout > 0)
+    return add_low_rank(output, source, updates)
 
 
 def _update(layer: Any, adapter: str | None, source: Tensor) -> Tensor:

@@ -132,12 +132,12 @@ def layer_activation_bytes(
 def layer_transient_bytes(architecture: Architecture, element_bytes: int) -> int:
     """What a layer has in memory at once in a pass that keeps nothing, per token.
 
-    The widest moment is the feed-forward block's second projection: its first one, its output, and
-    the update of an adapter joined to it, beside the residual, the norm and its output.
+    The widest moment is in the feed-forward block: its two projections and the activation of one,
+    beside the residual, the norm with its output, and a copy in fp32.
     """
     a = architecture
-    wide = max(4 * a.intermediate, 4 * a.query_size + 2 * a.key_value_size)
-    return (wide + 3 * a.hidden) * element_bytes
+    wide = max(3 * a.intermediate, 4 * a.query_size + 2 * a.key_value_size)
+    return (wide + 4 * a.hidden) * element_bytes
 
 
 def head_activation_bytes(
@@ -160,7 +160,7 @@ def logits_bytes(
     """The logits of one chunk with the copies that `backbone.logprob` makes of them.
 
     The head's output in the compute dtype; scaled in fp32; the log-distribution, its exponential
-    and their product for the entropy. The backward pass of a chunk needs no more.
+    and, where no slope is taken, their product for the entropy.
     """
     chunk = min(num_tokens, max(1, chunk_bytes // (FP32 * architecture.vocabulary)))
     return chunk * architecture.vocabulary * (element_bytes + 4 * FP32)

@@ -206,19 +206,23 @@ def _generation(options: PlanOptions, models: _Models) -> dict[str, int]:
 
 
 def _scoring(options: PlanOptions, models: _Models) -> dict[str, int]:
-    """Policy, reference, value model (and reward adapter) in one pass; separate ones in turn."""
+    """Policy, reference, value model (and reward adapter) in one pass; separate ones in turn.
+
+    All that share a pass are together at most a rollout batch of rows.
+    """
     model, element_bytes = options.model, options.element_bytes
-    tokens = options.rollout_batch * options.tokens
     roles = 1 if options.separate else 3 + (options.reward == "adapter")
-    transient = formulas.layer_transient_bytes(model, element_bytes) * tokens * roles
+    rows = max(1, options.rollout_batch // roles)
+    transient = formulas.layer_transient_bytes(model, element_bytes) * rows * roles * options.tokens
     if isinstance(options.reward, Architecture):
-        # It scores after the others have.
+        # It scores after the others have, a whole rollout batch at once.
+        tokens = options.rollout_batch * options.tokens
         transient = max(transient, formulas.layer_transient_bytes(options.reward, 2) * tokens)
     return _without_zeros(
         {
             "gathered weights": _gathered_in_rollout(options, models),
             "pass without gradients": transient,
-            "logits": _logits(options, options.rollout_batch),
+            "logits": _logits(options, rows),
             "one weight unpacked": _unpacked(options),
         }
     )

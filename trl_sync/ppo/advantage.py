@@ -14,6 +14,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 ReduceSum = Callable[[Tensor], Tensor]
+KLEstimator = Literal["k1", "k3"]
 
 
 def _one_process(tensor: Tensor) -> Tensor:
@@ -24,7 +25,7 @@ def kl_estimate(
     logprobs: Float[Tensor, "B R"],
     reference_logprobs: Float[Tensor, "B R"],
     mask: Bool[Tensor, "B R"],
-    estimator: Literal["k1", "k3"],
+    estimator: KLEstimator,
 ) -> Float[Tensor, "B R"]:
     """Each token's estimate of KL(policy || reference) in nats, from the sampled token alone.
 

@@ -10,11 +10,10 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
-from trl_sync.ppo.advantage import kl_estimate
 from trl_sync.ppo.batch import PromptBatch
 from trl_sync.ppo.collectives import reduce_sum, together
 from trl_sync.ppo.config import PPOConfig
-from trl_sync.ppo.experience import Metrics, score_columns, score_metrics
+from trl_sync.ppo.experience import Metrics, kl_to_reference, score_columns, score_metrics
 from trl_sync.ppo.prompts import PromptDataset
 from trl_sync.ppo.reward_scaling import RunningMoments, shape_scores
 from trl_sync.ppo.rewards import RewardSource
@@ -89,7 +88,8 @@ def evaluate_prompts(
             )
             scored = shape_scores(scored, config, score_moments)
             mask = rollout.response_mask
-            kl = kl_estimate(scored.logprobs, scored.reference_logprobs, mask, config.kl_estimator)
+            kl = kl_to_reference(scored, config.kl_estimator)
+            assert kl is not None  # the reference takes part in evaluations, whatever kl_coef is
             columns = (scored.scores, kl.sum(1), mask.sum(1), rollout.stopped)
             counted = [column[: batch.num_counted].double().sum() for column in columns]
             sums.add_(torch.stack([*counted, sums.new_tensor(batch.num_counted)]))

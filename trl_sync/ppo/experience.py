@@ -19,6 +19,7 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from trl_sync.ppo.advantage import (
+    KLEstimator,
     explained_variance,
     generalized_advantages,
     kl_estimate,
@@ -207,7 +208,7 @@ def make_experience(
     return experience, metrics
 
 
-def kl_to_reference(scored: ScoredRollout, estimator: str) -> Tensor | None:
+def kl_to_reference(scored: ScoredRollout, estimator: KLEstimator) -> Tensor | None:
     """`kl_estimate` at every response token; None where the reference was not asked."""
     if scored.reference_logprobs is None:
         return None

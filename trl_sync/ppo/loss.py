@@ -105,12 +105,14 @@ def policy_loss(
     losses = torch.maximum(unclipped, clipped).masked_fill(~mask, 0.0)
     with torch.no_grad():
         counted = mask.to(ratio.dtype)
+        # The variance is a difference of nearly equal sums: in fp32 it would be rounding.
+        exact_ratio = ratio.double()
         statistics = {
             "approx_kl": (0.5 * log_ratio.pow(2) * counted).sum(),
             "policy_clipped": ((clipped > unclipped) & mask).sum(),
             "policy_loss": losses.sum(),
-            "ratio": (ratio * counted).sum(),
-            "squared_ratio": (ratio.pow(2) * counted).sum(),
+            "ratio": (exact_ratio * mask).sum(),
+            "squared_ratio": (exact_ratio.pow(2) * mask).sum(),
             "tokens": mask.sum(),
         }
     return losses.sum() / denominator, statistics

@@ -32,9 +32,8 @@ def score(
     Raises:
         RewardError: a score is missing, not a number or not finite.
     """
-    roles = (POLICY, VALUE)
-    roles += (REFERENCE,) if with_reference else ()
-    roles += (REWARD,) if uses_adapter(rewards) else ()
+    asked = {POLICY: True, REFERENCE: with_reference, VALUE: True, REWARD: uses_adapter(rewards)}
+    roles = tuple(role for role, wanted in asked.items() if wanted)
     said = _ask(model, rollout, roles, temperature, batch_size)
     reward = evaluate(rewards, rollout, said.get((REWARD, "scores")))
     return ScoredRollout(
@@ -52,7 +51,7 @@ def score(
 def _ask(
     model: Any, rollout: Rollout, roles: tuple[str, ...], temperature: float, batch_size: int
 ) -> dict[tuple[str, str], Tensor]:
-    """What each role says of each row, by role and name; sequences of similar length share a pass."""
+    """What each role says of each row, by role and name; similar lengths share a pass."""
     lengths = Lengths.of(rollout.prompt_mask, rollout.response_mask)
     size = max(1, batch_size // len(roles)) if model.stacks_roles else batch_size
     said: dict[tuple[str, str], Tensor] = {}
