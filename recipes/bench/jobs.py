@@ -51,6 +51,19 @@ class Shape:
 
 
 SHAPES = {
+    # To try the scripts with: it measures nothing.
+    "try": Shape(
+        hidden=64,
+        layers=2,
+        heads=2,
+        intermediate=128,
+        vocabulary=512,
+        prompt_tokens=8,
+        response_tokens=8,
+        micro_batch=2,
+        micro_batches=2,
+        iterations=1,
+    ),
     "15m": Shape(
         hidden=384,
         layers=6,

@@ -224,9 +224,10 @@ class Update:
 
         with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as found:
             self._run(self._micro_batch)
-        events = [event for event in found.events() if event.name == "[memory]"]
-        changes = sorted((event.time_range.start, event.cpu_memory_usage) for event in events)
-        return max(accumulate(change for _, change in changes))
+        # Not found.events(): those lack what is allocated inside an operator.
+        events = [e for e in found.profiler.kineto_results.events() if e.name() == "[memory]"]
+        events.sort(key=lambda event: event.start_ns())
+        return max(accumulate(event.nbytes() for event in events))
 
     def _attention_s(self) -> float:
         from torch.profiler import ProfilerActivity, profile

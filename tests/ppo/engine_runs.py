@@ -95,7 +95,7 @@ def as_one_process(folder: Path, precision: str, ranks: int, **changes: Any) -> 
     runs.randomise(backbone)
     trainer = trainer_for("none", folder, backbone, 1, GLOBAL_BATCH, **changes)
 
-    def mini_batches(loader: Any, held: Any, iteration: int) -> Iterator[Tensor]:
+    def mini_batches(loader: Any, iteration: int) -> Iterator[Tensor]:
         plan = trainer.plan
         for epoch in range(plan.num_ppo_epochs):
             generator = loader._generator(experience._MINI_BATCHES, iteration, epoch)

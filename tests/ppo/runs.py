@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import zlib
 from collections.abc import Iterable
 from pathlib import Path
@@ -132,7 +133,7 @@ class WatchedTrainer(PPOTrainer):
     ) -> Any:
         loss, outputs = super().compute_loss(model, inputs, return_outputs=True)
         log_ratio = outputs["policy"]["logprobs"].detach() - inputs["old_logprobs"]
-        kept = {name: tensor.clone() for name, tensor in inputs.items()}
+        kept = copy.deepcopy(dict(inputs))
         self.micro_batches.append(
             kept
             | {

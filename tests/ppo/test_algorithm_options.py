@@ -88,6 +88,31 @@ def test_the_options_log_nothing_unless_they_are_set(default: Any) -> None:
     assert not names & {name for row in runs.rows(default) for name in row}
 
 
+# --- kl_coef=0: the reference has nothing to say
+
+
+@pytest.mark.parametrize("kl_coef", [0.0, 0.05])
+def test_without_a_penalty_training_does_not_ask_the_reference(
+    tmp_path: Path, kl_coef: float
+) -> None:
+    trainer = runs.make(tmp_path, kl_coef=kl_coef, eval_prompts=tiny.prompts(4))
+    asked: list[tuple[str, ...]] = []
+
+    def note(module: Any, args: Any, kwargs: dict[str, Any]) -> None:
+        asked.append(tuple(kwargs["roles"]))
+
+    trainer.backbone.register_forward_pre_hook(note, with_kwargs=True)
+    trainer.train()
+    updates, rollouts = ("policy", "value"), ("policy", "reference", "value")
+    assert set(asked) == {updates} | ({rollouts} if kl_coef else set())
+    found = [row for row in runs.rows(trainer) if "objective/scores" in row]
+    assert all(("objective/kl" in row) == (kl_coef > 0) for row in found)
+    if not kl_coef:
+        assert all(row["objective/rlhf_reward"] == row["objective/scores"] for row in found)
+    # An evaluation tells how far the policy has gone in any case.
+    assert "eval_objective/kl" in trainer.evaluate()
+
+
 # --- target_kl: the rest of an iteration is skipped
 
 # 2 iterations an epoch, 5 in all: passes of 2, 2 and 1 iterations of 4 updates.

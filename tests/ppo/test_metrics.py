@@ -77,7 +77,25 @@ def test_every_value_is_summed_over_the_processes_before_it_is_divided() -> None
     buffer.add_micro_batch(own)
     buffer.end_update()
     assert buffer.drain()["loss/policy_avg"] == 3.0
-    assert len(calls) == 1, "one collective an update"
+    assert len(calls) == 1
+
+
+def test_updates_wait_for_one_collective_until_they_are_asked_for() -> None:
+    calls = []
+
+    def reduce_sum(tensor: Tensor) -> Tensor:
+        calls.append(tensor.shape)
+        return tensor
+
+    buffer = MetricBuffer(reduce_sum)
+    assert buffer.last_update() == {}
+    for loss in (2.0, 4.0, 6.0):
+        buffer.add_micro_batch(statistics(tokens=2, policy_loss=loss))
+        buffer.end_update()
+    assert calls == []
+    assert buffer.last_update()["policy_loss"] == 3.0
+    assert buffer.drain()["loss/policy_avg"] == 2.0  # (1 + 2 + 3) / 3
+    assert [shape[0] for shape in calls] == [3]
 
 
 def test_an_update_without_any_token_is_all_zeros() -> None:
@@ -128,13 +146,14 @@ def test_token_counts_are_not_rounded_in_fp32() -> None:
     assert buffer.drain()["policy/clipfrac_avg"] == 1.0
 
 
-def test_end_update_returns_the_means_of_that_update() -> None:
+def test_the_means_of_the_last_update() -> None:
     buffer = MetricBuffer(one_process)
-    buffer.add_micro_batch(statistics(tokens=4, approx_kl=1.0))
-    assert buffer.end_update()["approx_kl"] == 0.25
-    buffer.add_micro_batch(statistics(tokens=2, approx_kl=3.0))
-    assert buffer.end_update()["approx_kl"] == 1.5
-    assert buffer.end_update() == {}
+    assert buffer.last_update() == {}
+    for tokens, approx_kl, mean in ((4, 1.0, 0.25), (2, 3.0, 1.5)):
+        buffer.add_micro_batch(statistics(tokens=tokens, approx_kl=approx_kl))
+        buffer.end_update()
+        assert buffer.last_update()["approx_kl"] == mean
+        assert buffer.last_update()["approx_kl"] == mean
 
 
 def test_skipped_updates_are_a_mean_over_iterations() -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor, nn
 
 
@@ -22,15 +22,31 @@ def model_inputs(
     }
 
 
-def on_response(
-    mask: Bool[Tensor, "B R"], logprobs: Float[Tensor, " N"], entropies: Float[Tensor, " N"]
-) -> dict[str, Tensor]:
-    """The statistics of the N tokens that `mask` counts, [B, R] in fp32, 0.0 elsewhere."""
-    zeros = torch.zeros(mask.shape, dtype=torch.float32, device=mask.device)
-    return {
-        "logprobs": zeros.masked_scatter(mask, logprobs),
-        "entropies": zeros.masked_scatter(mask, entropies),
-    }
+class ResponseTokens:
+    """The N positions that a mask [B, R] counts, found once for all roles of a pass.
+
+    With `num_tokens`, which is N, nothing waits for the device to count them.
+    """
+
+    def __init__(self, mask: Bool[Tensor, "B R"], num_tokens: int | None = None) -> None:
+        self.mask = mask
+        flat = mask.flatten()
+        found = flat.nonzero() if num_tokens is None else flat.nonzero_static(size=num_tokens)
+        self._positions = found.squeeze(1)
+
+    def pick(self, tensor: Shaped[Tensor, "B R ..."]) -> Shaped[Tensor, "N ..."]:
+        """What `tensor` holds at those positions, row by row."""
+        return tensor.flatten(0, 1).index_select(0, self._positions)
+
+    def statistics(
+        self, logprobs: Float[Tensor, " N"], entropies: Float[Tensor, " N"]
+    ) -> dict[str, Tensor]:
+        """What is known of the N tokens, [B, R] in fp32, 0.0 elsewhere."""
+        zeros = torch.zeros(self.mask.numel(), dtype=torch.float32, device=self.mask.device)
+        return {
+            name: zeros.index_copy(0, self._positions, values).view(self.mask.shape)
+            for name, values in (("logprobs", logprobs), ("entropies", entropies))
+        }
 
 
 def trunk_of(model: Any) -> nn.Module:

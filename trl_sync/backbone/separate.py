@@ -38,7 +38,7 @@ from trl_sync.backbone.logprob import (
     token_statistics,
 )
 from trl_sync.backbone.partitioned import make_whole
-from trl_sync.backbone.passes import model_inputs, on_response, trunk_of
+from trl_sync.backbone.passes import ResponseTokens, model_inputs, trunk_of
 from trl_sync.backbone.quantization import check_not_repacked, keep_packed_weights
 from trl_sync.backbone.roles import POLICY, REFERENCE, VALUE, Role, RoleState, freeze
 from trl_sync.backbone.scalar_head import find_scalar_head, without_adapters
@@ -195,24 +195,25 @@ class SeparateModels(OldCheckpointingNames, nn.Module):
         response_mask: Bool[Tensor, "B R"],
         roles: Sequence[str] = (POLICY, VALUE),
         temperature: float = 1.0,
+        num_response_tokens: int | None = None,
     ) -> RoleOutputs:
         """What each role says about the last R tokens.
 
         Language-model roles give `logprobs` and `entropies` (nats, of softmax(logits /
         temperature)), the value role gives `values`; all [B, R] in fp32, 0.0 where
-        `response_mask` is False. Prompts are padded on the left, responses on the right.
+        `response_mask` is False. Prompts are padded on the left, responses on the right, or both
+        on the left. `num_response_tokens` is how many `response_mask` counts, if it is known.
         """
         inputs = model_inputs(input_ids[:, :-1], attention_mask[:, :-1])
-        tokens = input_ids[:, -response_mask.shape[1] :]
+        tokens = ResponseTokens(response_mask, num_response_tokens)
+        ids = tokens.pick(input_ids[:, -response_mask.shape[1] :])
         outputs: RoleOutputs = {}
         for role in roles:
             if role == VALUE:
                 outputs[role] = {"values": self._values(inputs, response_mask)}
             else:
                 with self._language_model(role) as model:
-                    outputs[role] = self._statistics(
-                        model, inputs, tokens, response_mask, temperature
-                    )
+                    outputs[role] = self._statistics(model, inputs, tokens, ids, temperature)
         return outputs
 
     @torch.no_grad()
@@ -329,18 +330,18 @@ class SeparateModels(OldCheckpointingNames, nn.Module):
         self,
         model: Any,
         inputs: dict[str, Tensor],
-        tokens: Int[Tensor, "B R"],
-        mask: Bool[Tensor, "B R"],
+        tokens: ResponseTokens,
+        ids: Int[Tensor, " N"],
         temperature: float,
     ) -> dict[str, Tensor]:
-        num_response = mask.shape[1]
+        num_response = tokens.mask.shape[1]
         if knows_head(model):
             hidden = trunk_of(model)(**inputs, use_cache=False).last_hidden_state
             hidden = hidden[:, -num_response:]
             head = CausalHead(model)
             statistics = chunked_token_statistics(
-                hidden[mask],
-                tokens[mask],
+                tokens.pick(hidden),
+                ids,
                 head,
                 vocabulary_size=head.vocabulary_size,
                 head_trains=head.trains,
@@ -349,8 +350,8 @@ class SeparateModels(OldCheckpointingNames, nn.Module):
             )
         else:
             logits = model(**inputs, **_only_last(model, num_response)).logits[:, -num_response:]
-            statistics = token_statistics(logits[mask], tokens[mask], temperature)
-        return on_response(mask, *statistics)
+            statistics = token_statistics(tokens.pick(logits), ids, temperature)
+        return tokens.statistics(*statistics)
 
 
 def _only_last(model: Any, num_tokens: int) -> dict[str, Any]:

@@ -24,7 +24,7 @@ from trl_sync.backbone.fingerprint import base_tensors, fingerprint_of
 from trl_sync.backbone.generation import continue_prompts, evaluation_mode
 from trl_sync.backbone.logprob import CHUNK_BYTES, CausalHead, chunked_token_statistics
 from trl_sync.backbone.partitioned import make_whole
-from trl_sync.backbone.passes import model_inputs, on_response, trunk_of
+from trl_sync.backbone.passes import ResponseTokens, model_inputs, trunk_of
 from trl_sync.backbone.quantization import check_not_repacked, keep_packed_weights
 from trl_sync.backbone.reward_adapter import add_reward_lora
 from trl_sync.backbone.roles import POLICY, REFERENCE, REWARD, VALUE, Role, RoleState
@@ -224,15 +224,18 @@ class SharedBackbone(OldCheckpointingNames, nn.Module):
         response_mask: Bool[Tensor, "B R"],
         roles: Sequence[str] = (POLICY, VALUE),
         temperature: float = 1.0,
+        num_response_tokens: int | None = None,
     ) -> RoleOutputs:
         """What each role says about the last R tokens, in one pass through the base.
 
         Language-model roles give `logprobs` and `entropies` (nats, of softmax(logits /
         temperature)), the value role gives `values`; all [B, R] in fp32, 0.0 where
         `response_mask` is False. The reward role gives `scores` [B] in fp32, at the last token
-        that `attention_mask` counts. Prompts are padded on the left, responses on the right.
+        that `attention_mask` counts. Prompts are padded on the left, responses on the right, or
+        both on the left. `num_response_tokens` is how many `response_mask` counts, if it is known.
         """
         num_response = response_mask.shape[1]
+        tokens = ResponseTokens(response_mask, num_response_tokens)
         # The last token predicts nothing: only its score needs it in the pass.
         end = input_ids.shape[1] - (REWARD not in roles)
         hidden = self._hidden_states(input_ids[:, :end], attention_mask[:, :end], roles)
@@ -245,10 +248,9 @@ class SharedBackbone(OldCheckpointingNames, nn.Module):
             if role == VALUE:
                 outputs[role] = {"values": self._values(states, response_mask)}
             else:
-                tokens = input_ids[:, -num_response:]
-                outputs[role] = self._token_statistics(
-                    states, tokens, response_mask, role, temperature
-                )
+                ids = tokens.pick(input_ids[:, -num_response:])
+                found = self._token_statistics(tokens.pick(states), ids, role, temperature)
+                outputs[role] = tokens.statistics(*found)
         return outputs
 
     @torch.no_grad()
@@ -364,16 +366,15 @@ class SharedBackbone(OldCheckpointingNames, nn.Module):
 
     def _token_statistics(
         self,
-        states: Float[Tensor, "B R H"],
-        tokens: Int[Tensor, "B R"],
-        mask: Bool[Tensor, "B R"],
+        states: Float[Tensor, "N H"],
+        tokens: Int[Tensor, " N"],
         role: str,
         temperature: float,
-    ) -> dict[str, Tensor]:
+    ) -> tuple[Tensor, Tensor]:
         with self.router.routes(self.roles[role].adapter):
-            statistics = chunked_token_statistics(
-                states[mask],
-                tokens[mask],
+            return chunked_token_statistics(
+                states,
+                tokens,
                 self._head,
                 vocabulary_size=self._head.vocabulary_size,
                 head_trains=self._head.trains,
@@ -381,7 +382,6 @@ class SharedBackbone(OldCheckpointingNames, nn.Module):
                 chunk_bytes=self.logprob_chunk_bytes,
                 context_fn=self.router.checkpoint_contexts,
             )
-        return on_response(mask, *statistics)
 
     def _trunk_device(self) -> torch.device:
         return self.causal_model.get_input_embeddings().weight.device

@@ -18,6 +18,9 @@ class MetricBuffer:
         self._reduce_sum = reduce_sum
         self._rollouts: list[dict[str, float]] = []
         self._updates: list[dict[str, float]] = []
+        # Sums of updates that are still on the device, each in the order of `_names`.
+        self._pending: list[Tensor] = []
+        self._names: list[str] = []
         self._skipped_updates: list[int] = []
         self._skipped_micro_batches: float | None = None
         self._sums: Statistics = {}
@@ -31,24 +34,20 @@ class MetricBuffer:
         for name, value in statistics.items():
             self._sums[name] = self._sums.get(name, torch.zeros_like(value)) + value
 
-    def end_update(self) -> dict[str, float]:
-        """Turns the sums since the last update into means over tokens, and returns these.
+    def end_update(self) -> None:
+        """The sums since the last update are those of one; nothing waits for the device."""
+        if self._sums:
+            self._names = sorted(self._sums)
+            self._pending.append(torch.stack([self._sums[n].double() for n in self._names]))
+            self._sums = {}
 
-        A collective; the means are the same on all processes. Empty if nothing was added.
+    def last_update(self) -> dict[str, float]:
+        """The means over tokens of the last update that ended; empty if there was none.
+
+        A collective, as is `drain`; the means are the same on all processes.
         """
-        names = sorted(self._sums)
-        if not names:
-            return {}
-        stacked = torch.stack([self._sums[name].double() for name in names])
-        totals = dict(zip(names, self._reduce_sum(stacked).tolist(), strict=True))
-        skipped = totals.pop("skipped_micro_batches", None)
-        if skipped is not None:
-            self._skipped_micro_batches = (self._skipped_micro_batches or 0.0) + skipped
-        tokens = max(totals.pop("tokens"), 1.0)
-        means = {name: total / tokens for name, total in totals.items()}
-        self._updates.append(means)
-        self._sums = {}
-        return means
+        self._reduce_pending()
+        return self._updates[-1] if self._updates else {}
 
     def end_iteration(self, skipped_updates: int) -> None:
         """An iteration has ended, and so many of its updates were not made."""
@@ -59,6 +58,7 @@ class MetricBuffer:
 
         Micro-batches that were left out are counted, over all processes.
         """
+        self._reduce_pending()
         logged = _means(self._rollouts)
         update = _means(self._updates)
         for name, key in _UPDATE_NAMES.items():
@@ -74,6 +74,18 @@ class MetricBuffer:
         self._rollouts, self._updates, self._skipped_updates = [], [], []
         self._skipped_micro_batches = None
         return logged
+
+    def _reduce_pending(self) -> None:
+        if not self._pending:
+            return
+        for row in self._reduce_sum(torch.stack(self._pending)).tolist():
+            totals = dict(zip(self._names, row, strict=True))
+            skipped = totals.pop("skipped_micro_batches", None)
+            if skipped is not None:
+                self._skipped_micro_batches = (self._skipped_micro_batches or 0.0) + skipped
+            tokens = max(totals.pop("tokens"), 1.0)
+            self._updates.append({name: total / tokens for name, total in totals.items()})
+        self._pending = []
 
 
 _UPDATE_NAMES = {

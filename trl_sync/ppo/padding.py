@@ -57,6 +57,7 @@ class RightAligned:
         prompts, responses = lengths.prompts[rows], lengths.responses[rows]
         # A column stays where all responses are empty, so that a pass has an output, and one in
         # front of it, from which the first token is predicted.
+        self.num_response_tokens = int(responses.sum())
         self._num_response = max(1, int(responses.max()))
         width = max(2, int((prompts.clamp(min=1) + responses).max()))
         moved = torch.stack([rows, prompts, responses]).to(device)

@@ -66,6 +66,7 @@ def _ask(
             aligned.responses(mask),
             roles=roles,
             temperature=temperature,
+            num_response_tokens=aligned.num_response_tokens,
         )
         for role in roles:
             for name, part in outputs[role].items():

@@ -124,11 +124,11 @@ class UpdateCallback(TrainerCallback):
             self._trainer._value_learning_rate = float(rate)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        means = self._trainer.metrics.end_update()
+        self._trainer.metrics.end_update()
         plan = self._trainer.plan
         if args.target_kl is not None:
             skipped = 0
-            if exceeds(means.get("approx_kl", 0.0), args.target_kl):
+            if exceeds(self._trainer.metrics.last_update().get("approx_kl", 0.0), args.target_kl):
                 scheduler = self._trainer.lr_scheduler
                 skipped = skip_rest_of_iteration(plan, args, state, control, scheduler)
             if state.global_step % plan.updates_per_iteration == 0:
