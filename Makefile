@@ -6,7 +6,7 @@ INSTALLED := $(VENV)/.installed
 # What a quick run leaves out: slow tests, several processes, comparisons with another TRL.
 FAST := not slow and not ranks and not oracle
 
-.PHONY: demo test test-fast test-floor engines engines-short lint format clean
+.PHONY: demo test test-fast test-floor engines engines-short bench lint format clean
 
 # PPO on one shared 4-bit base, from nothing: builds a small task, solves it, shows before and after.
 demo: $(INSTALLED)
@@ -32,6 +32,13 @@ test-floor: $(INSTALLED) .floor/trl
 	PYTHONPATH=$(CURDIR)/.floor $(BIN)/python -m pytest -m "$(FAST) and not newest" \
 		tests/test_versions.py tests/test_value_head.py tests/backbone tests/ppo tests/legacy \
 		tests/compat $(addprefix tests/audit/test_,inventory.py manifest_base.py manifest_tensors.py)
+
+# PPO beside TRL 1.12 and against its own sizes, in under 20 minutes; the figures lie in runs/bench.
+bench: $(INSTALLED) .oracle/trl
+	mkdir -p runs/bench
+	$(BIN)/python recipes/bench/ppo_vs_trl.py --jobs 15m:natural --pairs 3 --json runs/bench/natural.json
+	$(BIN)/python recipes/bench/ppo_vs_trl.py --jobs 110m:limit --pairs 1 --json runs/bench/limit.json
+	$(BIN)/python recipes/bench/scaling.py --quick --json runs/bench/scaling.json
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .

@@ -26,7 +26,6 @@ SETTINGS: dict[str, Any] = {
     "kl_coef": 0.05,
     "num_sample_generations": 0,
     "logging_steps": 1,
-    "gradient_checkpointing": False,
     "max_grad_norm": 0.0,
     "disable_tqdm": True,
     "save_strategy": "no",
@@ -141,7 +140,7 @@ def make_ours(options: argparse.Namespace, job: dict[str, Any], clock: Any, leng
             "value_model": classifier(job),
         }
     else:
-        loading = frozen_options(job, quantized=options.side == "ours_nf4")
+        loading = frozen_options(job, quantized=options.side.startswith("ours_nf4"))
         models = {
             "model": load_shared_backbone(job["model"], LoraConfig(**LORA), **loading),
             "reward_model": load_reward_model(job["reward_model"], **loading),
@@ -189,6 +188,7 @@ def common(options: argparse.Namespace, job: dict[str, Any], rate: float) -> dic
             seed=options.seed,
             learning_rate=rate,
             use_cpu=not torch.cuda.is_available(),
+            gradient_checkpointing=options.side == "ours_nf4_ckpt",
             **SETTINGS | job["settings"],
         ),
         "processing_class": AutoTokenizer.from_pretrained(job["model"], padding_side="left"),

@@ -5,9 +5,10 @@
 
 Sides: TRL with four full models (trl) and with `peft_config` on the policy (trl_peft); ours with
 four full models (ours_separate), on one shared base in full precision (ours_shared) and on one in
-NF4 (ours_nf4, its reward model in NF4 too). Jobs: the embedded task, and Llamas with random weights
-of 15 M and 110 M parameters; `natural` responses end by themselves, with `limit` none does. For a
-GPU there are `--jobs 1b:limit 8b:limit` too, in bf16.
+NF4 (ours_nf4, its reward model in NF4 too; ours_nf4_ckpt with gradient checkpointing, a flag that
+TRL's trainer has and ignores). Jobs: the embedded task, and Llamas with random weights of 15 M and
+110 M parameters; `natural` responses end by themselves, with `limit` none does. For a GPU there are
+`--jobs 1b:limit 8b:limit` too, in bf16.
 
 Every run is a process of its own. A round runs each side once, and the order changes from round to
 round. Ratios are medians of each round's own, so a machine that slows down hits both sides.
@@ -33,7 +34,7 @@ from measure import lower_bound, machine
 ROOT = Path(__file__).resolve().parents[2]
 ORACLE = ROOT / ".oracle"
 BASELINES = ("trl", "trl_peft")
-SIDES = (*BASELINES, "ours_separate", "ours_shared", "ours_nf4")
+SIDES = (*BASELINES, "ours_separate", "ours_shared", "ours_nf4", "ours_nf4_ckpt")
 JOBS = ("tiny:natural", "15m:natural", "15m:limit", "110m:natural", "110m:limit")
 PHASES = ("rollout", "score", "update", "audit", "other")
 

@@ -126,6 +126,9 @@ def test_a_micro_batch_loses_no_token(lengths: list[tuple[int, int]], data: st.D
         assert part["attention_mask"][row].tolist() == tokens
         of_response = [False] * (num_response - response) + [True] * response
         assert part["response_mask"][row].tolist() == of_response
+        positions = part["response_positions"] - row * num_response
+        inside = (positions >= 0) & (positions < num_response)
+        assert positions[inside].tolist() == list(range(num_response - response, num_response))
         returns = part["returns"][row][part["response_mask"][row]].tolist()
         assert returns == whole.returns[original, :response].tolist()
 

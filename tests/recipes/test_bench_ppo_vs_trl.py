@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM
 
 ROOT = Path(__file__).parents[2]
 BENCH = ROOT / "recipes/bench"
-SIDES = ("trl", "trl_peft", "ours_separate", "ours_shared", "ours_nf4")
+SIDES = ("trl", "trl_peft", "ours_separate", "ours_shared", "ours_nf4", "ours_nf4_ckpt")
 PHASES = {"rollout", "score", "update", "audit", "other"}
 
 

@@ -21,8 +21,10 @@ from torch.utils.checkpoint import checkpoint
 
 from trl_sync.errors import ConfigError
 
-# Bytes of fp32 logits that may exist at once, unless a caller says otherwise.
+# Bytes of a chunk's fp32 logits, unless a caller says otherwise. On an accelerator a chunk must be
+# so long that its products outweigh reading the head's weights; on a CPU less is as fast.
 CHUNK_BYTES = 64 * 2**20
+CPU_CHUNK_BYTES = 32 * 2**20
 
 
 def _plain(logits: Tensor, config: Any) -> Tensor:
@@ -108,13 +110,28 @@ def token_statistics(
 
     The entropy is a statistic: no gradient flows through it.
     """
-    scaled = logits.float() / temperature
+    scaled = logits.float()
+    if temperature != 1.0:
+        scaled = scaled / temperature
     normalizer = scaled.logsumexp(-1)
     logprobs = scaled.gather(-1, tokens.unsqueeze(-1)).squeeze(-1) - normalizer
-    with torch.no_grad():
-        log_distribution = scaled - normalizer.unsqueeze(-1)
-        entropies = -(log_distribution.exp() * log_distribution).sum(-1)
+    _, entropies = _distribution_and_entropies(scaled, normalizer)
     return logprobs, entropies
+
+
+@torch.no_grad()
+def _distribution_and_entropies(
+    scaled: Float[Tensor, "N V"], normalizer: Float[Tensor, " N"]
+) -> tuple[Float[Tensor, "N V"], Float[Tensor, " N"]]:
+    """softmax(scaled) and its entropies in nats; makes one tensor of that size, and an eighth."""
+    distribution = scaled - normalizer.unsqueeze(-1)
+    entropies = []
+    with torch.autocast(scaled.device.type, enabled=False):
+        for logs in distribution.split(len(distribution) // 8 + 1):
+            part = logs.exp()
+            entropies.append(-(part.unsqueeze(1) @ logs.unsqueeze(2)).flatten())
+            logs.copy_(part)
+    return distribution, torch.cat(entropies)
 
 
 def chunked_token_statistics(
@@ -124,7 +141,7 @@ def chunked_token_statistics(
     *,
     vocabulary_size: int,
     temperature: float = 1.0,
-    chunk_bytes: int = CHUNK_BYTES,
+    chunk_bytes: int | None = None,
     head_trains: bool = True,
     context_fn: Callable[[], tuple[Any, Any]] | None = None,
 ) -> tuple[Float[Tensor, " N"], Float[Tensor, " N"]]:
@@ -133,6 +150,8 @@ def chunked_token_statistics(
     A head that trains gets its gradients, for which the logits are recomputed in the backward pass
     if there is more than one chunk; `context_fn` is passed on to `torch.utils.checkpoint`.
     """
+    if chunk_bytes is None:
+        chunk_bytes = CPU_CHUNK_BYTES if hidden.device.type == "cpu" else CHUNK_BYTES
     chunk_tokens = max(1, chunk_bytes // (4 * vocabulary_size))
     if torch.is_grad_enabled() and not head_trains:
         logprobs, entropies = _BelowFrozenHead.apply(
@@ -192,10 +211,10 @@ def _statistics_and_slope(
     scaled = logits.detach().float()
     if temperature != 1.0:
         scaled = scaled / temperature
-    log_distribution = scaled.log_softmax(-1)
-    logprobs = log_distribution.gather(-1, tokens.unsqueeze(-1)).squeeze(-1)
-    distribution = log_distribution.exp()
-    entropies = -log_distribution.mul_(distribution).sum(-1)
+    normalizer = scaled.logsumexp(-1)
+    logprobs = scaled.gather(-1, tokens.unsqueeze(-1)).squeeze(-1) - normalizer
+    distribution, entropies = _distribution_and_entropies(scaled, normalizer)
+    del scaled
     # The derivative by the logits: 1 at the token, minus the distribution.
     slope = distribution.neg_()
     slope.scatter_add_(-1, tokens.unsqueeze(-1), torch.ones_like(logprobs).unsqueeze(-1))

@@ -23,16 +23,16 @@ def model_inputs(
 
 
 class ResponseTokens:
-    """The N positions that a mask [B, R] counts, found once for all roles of a pass.
+    """The N positions that a mask [B, R] counts, the same for all roles of a pass.
 
-    With `num_tokens`, which is N, nothing waits for the device to count them.
+    With `positions`, those in the flattened mask, nothing waits for the device to count them.
     """
 
-    def __init__(self, mask: Bool[Tensor, "B R"], num_tokens: int | None = None) -> None:
+    def __init__(
+        self, mask: Bool[Tensor, "B R"], positions: Int[Tensor, " N"] | None = None
+    ) -> None:
         self.mask = mask
-        flat = mask.flatten()
-        found = flat.nonzero() if num_tokens is None else flat.nonzero_static(size=num_tokens)
-        self._positions = found.squeeze(1)
+        self._positions = mask.flatten().nonzero().squeeze(1) if positions is None else positions
 
     def pick(self, tensor: Shaped[Tensor, "B R ..."]) -> Shaped[Tensor, "N ..."]:
         """What `tensor` holds at those positions, row by row."""

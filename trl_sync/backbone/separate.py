@@ -31,7 +31,6 @@ from trl_sync.backbone.checkpointing import (
 from trl_sync.backbone.fingerprint import base_tensors
 from trl_sync.backbone.generation import continue_prompts, evaluation_mode
 from trl_sync.backbone.logprob import (
-    CHUNK_BYTES,
     CausalHead,
     chunked_token_statistics,
     knows_head,
@@ -89,7 +88,7 @@ class SeparateModels(OldCheckpointingNames, nn.Module):
         *,
         model_adapter_name: str | None = None,
         ref_adapter_name: str | None = None,
-        logprob_chunk_bytes: int = CHUNK_BYTES,
+        logprob_chunk_bytes: int | None = None,
     ) -> None:
         super().__init__()
         check_policy(policy, peft_config, has_reference=ref_model is not None)
@@ -195,17 +194,18 @@ class SeparateModels(OldCheckpointingNames, nn.Module):
         response_mask: Bool[Tensor, "B R"],
         roles: Sequence[str] = (POLICY, VALUE),
         temperature: float = 1.0,
-        num_response_tokens: int | None = None,
+        response_positions: Int[Tensor, " N"] | None = None,
     ) -> RoleOutputs:
         """What each role says about the last R tokens.
 
         Language-model roles give `logprobs` and `entropies` (nats, of softmax(logits /
         temperature)), the value role gives `values`; all [B, R] in fp32, 0.0 where
         `response_mask` is False. Prompts are padded on the left, responses on the right, or both
-        on the left. `num_response_tokens` is how many `response_mask` counts, if it is known.
+        on the left. `response_positions` are those that the flattened `response_mask` counts, for
+        who has them without asking the device.
         """
         inputs = model_inputs(input_ids[:, :-1], attention_mask[:, :-1])
-        tokens = ResponseTokens(response_mask, num_response_tokens)
+        tokens = ResponseTokens(response_mask, response_positions)
         ids = tokens.pick(input_ids[:, -response_mask.shape[1] :])
         outputs: RoleOutputs = {}
         for role in roles:

@@ -22,7 +22,7 @@ from trl_sync.backbone.checkpointing import (
 )
 from trl_sync.backbone.fingerprint import base_tensors, fingerprint_of
 from trl_sync.backbone.generation import continue_prompts, evaluation_mode
-from trl_sync.backbone.logprob import CHUNK_BYTES, CausalHead, chunked_token_statistics
+from trl_sync.backbone.logprob import CausalHead, chunked_token_statistics
 from trl_sync.backbone.partitioned import make_whole
 from trl_sync.backbone.passes import ResponseTokens, model_inputs, trunk_of
 from trl_sync.backbone.quantization import check_not_repacked, keep_packed_weights
@@ -72,7 +72,7 @@ class SharedBackbone(OldCheckpointingNames, nn.Module):
         *,
         value_peft_config: LoraConfig | None = None,
         reference_adapter: bool = False,
-        logprob_chunk_bytes: int = CHUNK_BYTES,
+        logprob_chunk_bytes: int | None = None,
     ) -> None:
         super().__init__()
         if isinstance(model, PeftModel) or getattr(model, "peft_config", None):
@@ -224,7 +224,7 @@ class SharedBackbone(OldCheckpointingNames, nn.Module):
         response_mask: Bool[Tensor, "B R"],
         roles: Sequence[str] = (POLICY, VALUE),
         temperature: float = 1.0,
-        num_response_tokens: int | None = None,
+        response_positions: Int[Tensor, " N"] | None = None,
     ) -> RoleOutputs:
         """What each role says about the last R tokens, in one pass through the base.
 
@@ -232,10 +232,11 @@ class SharedBackbone(OldCheckpointingNames, nn.Module):
         temperature)), the value role gives `values`; all [B, R] in fp32, 0.0 where
         `response_mask` is False. The reward role gives `scores` [B] in fp32, at the last token
         that `attention_mask` counts. Prompts are padded on the left, responses on the right, or
-        both on the left. `num_response_tokens` is how many `response_mask` counts, if it is known.
+        both on the left. `response_positions` are those that the flattened `response_mask` counts,
+        for who has them without asking the device.
         """
         num_response = response_mask.shape[1]
-        tokens = ResponseTokens(response_mask, num_response_tokens)
+        tokens = ResponseTokens(response_mask, response_positions)
         # The last token predicts nothing: only its score needs it in the pass.
         end = input_ids.shape[1] - (REWARD not in roles)
         hidden = self._hidden_states(input_ids[:, :end], attention_mask[:, :end], roles)

@@ -159,11 +159,11 @@ def logits_bytes(
 ) -> int:
     """The logits of one chunk with the copies that `backbone.logprob` makes of them.
 
-    The head's output in the compute dtype; scaled in fp32; the log-distribution, its exponential
-    and, where no slope is taken, their product for the entropy.
+    The head's output in the compute dtype; scaled in fp32; its softmax, and an eighth of that for
+    the entropy.
     """
     chunk = min(num_tokens, max(1, chunk_bytes // (FP32 * architecture.vocabulary)))
-    return chunk * architecture.vocabulary * (element_bytes + 4 * FP32)
+    return chunk * architecture.vocabulary * (8 * element_bytes + 17 * FP32) // 8
 
 
 def sampling_bytes(architecture: Architecture, num_rows: int, element_bytes: int) -> int:

@@ -99,7 +99,7 @@ class Experience:
     def prompt_width(self) -> int:
         return self.input_ids.shape[1] - self.response_mask.shape[1]
 
-    def micro_batch(self, rows: Int[Tensor, " N"], loss_denominator: Tensor) -> dict[str, Any]:
+    def micro_batch(self, rows: Int[Tensor, " N"], loss_denominator: Tensor) -> dict[str, Tensor]:
         """Those rows, moved right until each ends in the last column, as wide as the longest.
 
         `rows` are in the host's memory. `loss_denominator` is the number of response tokens in the
@@ -116,6 +116,6 @@ class Experience:
             "old_values": aligned.responses(self.old_values),
             "advantages": aligned.responses(self.advantages),
             "returns": aligned.responses(self.returns),
-            "num_response_tokens": aligned.num_response_tokens,
+            "response_positions": aligned.response_positions,
             "loss_denominator": loss_denominator,
         }

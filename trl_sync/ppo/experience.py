@@ -92,7 +92,7 @@ class ExperienceLoader:
         """Called by the training loop before each pass."""
         self._epoch = epoch
 
-    def __iter__(self) -> Iterator[dict[str, Any]]:
+    def __iter__(self) -> Iterator[dict[str, Tensor]]:
         order = self._generator(_PROMPT_ORDER, self._epoch).permutation(len(self.dataset))
         for position in range(self._first_iteration(), self._plan.iterations_per_epoch):
             iteration = self._epoch * self._plan.iterations_per_epoch + position
@@ -102,7 +102,7 @@ class ExperienceLoader:
             indices = indices.repeat(self._plan.num_generations)
             yield from self._iteration(iteration, indices.tolist())
 
-    def _iteration(self, iteration: int, indices: list[int]) -> Iterator[dict[str, Any]]:
+    def _iteration(self, iteration: int, indices: list[int]) -> Iterator[dict[str, Tensor]]:
         started_s = time.perf_counter()
         rank, ranks = self._accelerator.process_index, self._plan.world_size
         self._model.eval()

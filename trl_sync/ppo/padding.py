@@ -57,8 +57,10 @@ class RightAligned:
         prompts, responses = lengths.prompts[rows], lengths.responses[rows]
         # A column stays where all responses are empty, so that a pass has an output, and one in
         # front of it, from which the first token is predicted.
-        self.num_response_tokens = int(responses.sum())
         self._num_response = max(1, int(responses.max()))
+        counted = torch.arange(self._num_response) >= self._num_response - responses.unsqueeze(1)
+        # Of the response tokens in the flattened mask of the cut responses.
+        self.response_positions = counted.flatten().nonzero().squeeze(1).to(device)
         width = max(2, int((prompts.clamp(min=1) + responses).max()))
         moved = torch.stack([rows, prompts, responses]).to(device)
         self._rows, prompts, responses = moved.unsqueeze(2)  # each [N, 1]

@@ -66,7 +66,7 @@ def _ask(
             aligned.responses(mask),
             roles=roles,
             temperature=temperature,
-            num_response_tokens=aligned.num_response_tokens,
+            response_positions=aligned.response_positions,
         )
         for role in roles:
             for name, part in outputs[role].items():

@@ -13,7 +13,7 @@ from typing import Any
 
 from datasets import Dataset
 from peft import LoraConfig
-from torch import nn
+from torch import Tensor, nn
 from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -287,7 +287,7 @@ class PPOTrainer(TrlAttributes, ModelCardMixin, CheckpointMixin):
     def compute_loss(
         self,
         model: nn.Module,
-        inputs: dict[str, Any],
+        inputs: dict[str, Tensor],
         return_outputs: bool = False,
         num_items_in_batch: Any = None,
     ) -> Any:
@@ -301,7 +301,7 @@ class PPOTrainer(TrlAttributes, ModelCardMixin, CheckpointMixin):
                 mask,
                 roles=(POLICY, VALUE),
                 temperature=self.args.temperature,
-                num_response_tokens=inputs.get("num_response_tokens"),
+                response_positions=inputs.get("response_positions"),
             )
         loss, statistics = ppo_loss(
             outputs[POLICY]["logprobs"],
