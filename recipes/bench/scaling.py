@@ -184,13 +184,15 @@ class Update:
 
     def figures(self) -> dict[str, Any]:
         """What holds of the point, not of a turn."""
+        from trl_sync.backbone.logprob import default_chunk_bytes
+
         shape = self._point.shape
         process_bytes = self._memory.peak_bytes()  # before the profiler takes its share
         on_gpu = self._device.type == "cuda"
         return {
             "rows": shape.micro_batch,
             "tokens": shape.micro_batch * (shape.prompt_tokens + shape.response_tokens),
-            "chunk_bytes": self._backbone.logprob_chunk_bytes,
+            "chunk_bytes": self._backbone.logprob_chunk_bytes or default_chunk_bytes(self._device),
             "embedding_and_head_bytes": self._ends_bytes,
             "other_weights_bytes": self._others_bytes,
             "update_bytes": process_bytes if on_gpu else self._tensor_bytes(),

@@ -61,6 +61,11 @@ _POST_PROCESSING: dict[str, Callable[[Tensor, Any], Tensor]] = {
 }
 
 
+def default_chunk_bytes(device: torch.device) -> int:
+    """How many bytes of fp32 logits make a chunk on that kind of device."""
+    return CPU_CHUNK_BYTES if device.type == "cpu" else CHUNK_BYTES
+
+
 def knows_head(model: Any) -> bool:
     """Whether `CausalHead` knows what this architecture does to its logits."""
     return model.config.model_type in _POST_PROCESSING
@@ -151,7 +156,7 @@ def chunked_token_statistics(
     if there is more than one chunk; `context_fn` is passed on to `torch.utils.checkpoint`.
     """
     if chunk_bytes is None:
-        chunk_bytes = CPU_CHUNK_BYTES if hidden.device.type == "cpu" else CHUNK_BYTES
+        chunk_bytes = default_chunk_bytes(hidden.device)
     chunk_tokens = max(1, chunk_bytes // (4 * vocabulary_size))
     if torch.is_grad_enabled() and not head_trains:
         logprobs, entropies = _BelowFrozenHead.apply(
