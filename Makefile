@@ -33,7 +33,7 @@ test-floor: $(INSTALLED) .floor/trl
 		tests/test_versions.py tests/test_value_head.py tests/backbone tests/ppo tests/legacy \
 		tests/compat $(addprefix tests/audit/test_,inventory.py manifest_base.py manifest_tensors.py)
 
-# PPO beside TRL 1.12 and against its own sizes, in under 20 minutes; the figures lie in runs/bench.
+# PPO beside TRL 1.12 and against its own sizes; the figures lie in runs/bench.
 bench: $(INSTALLED) .oracle/trl
 	mkdir -p runs/bench
 	$(BIN)/python recipes/bench/ppo_vs_trl.py --jobs 15m:natural --pairs 3 --json runs/bench/natural.json
