@@ -18,6 +18,15 @@ ONE_SIDED = {1: 6.314, 2: 2.920, 3: 2.353, 4: 2.132, 5: 2.015, 6: 1.943, 7: 1.89
 TWO_SIDED = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 9: 2.262}
 
 
+def now_s() -> float:
+    """The clock, once a GPU has done what it was given."""
+    import torch
+
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
 class PhaseClock:
     """Seconds by phase; time runs for the phase that was entered last."""
 
@@ -28,11 +37,11 @@ class PhaseClock:
 
     def enter(self, phase: str | None) -> None:
         """Time runs for `phase` from now on; for none with None."""
-        now_s = time.perf_counter()
+        moment_s = now_s()
         if self._phase is not None:
-            passed_s = now_s - self._since_s
+            passed_s = moment_s - self._since_s
             self.seconds[self._phase] = self.seconds.get(self._phase, 0.0) + passed_s
-        self._phase, self._since_s = phase, now_s
+        self._phase, self._since_s = phase, moment_s
 
 
 class PeakMemory:
