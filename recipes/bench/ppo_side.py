@@ -129,6 +129,19 @@ def make_ours(options: argparse.Namespace, job: dict[str, Any], clock: Any, leng
         def on_step_end(self, *args: Any, **kwargs: Any) -> None:
             clock.enter("other")
 
+    class TimedAudit(SyncAuditCallback):
+        """Knows what it took between its first look and its last, which see everything."""
+
+        updates_s = 0.0
+
+        def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
+            super().on_train_begin(*args, **kwargs)
+            self._begin_s = self.summary().seconds
+
+        def on_train_end(self, *args: Any, **kwargs: Any) -> None:
+            self.updates_s = self.summary().seconds - self._begin_s
+            super().on_train_end(*args, **kwargs)
+
     separate = options.side == "ours_separate"
     rate = job["learning_rates"]["full" if separate else "lora"]
     if separate:
@@ -144,9 +157,8 @@ def make_ours(options: argparse.Namespace, job: dict[str, Any], clock: Any, leng
             "model": load_shared_backbone(job["model"], LoraConfig(**LORA), **loading),
             "reward_model": load_reward_model(job["reward_model"], **loading),
         }
-    trainer = PPOTrainer(**common(options, job, rate), **models, callbacks=[Clock()])
-    audit = SyncAuditCallback(modules={"reward": models["reward_model"]})
-    trainer.add_callback(audit)
+    audit = TimedAudit(modules={"reward": models["reward_model"]})
+    trainer = PPOTrainer(**common(options, job, rate), **models, callbacks=[audit, Clock()])
     time_rollouts(trainer, clock)
     return trainer, audit
 
@@ -239,10 +251,12 @@ def outcome(
     rows = [row for row in trainer.state.log_history if "objective/scores" in row]
     tenth = max(1, len(rows) // 10)
     seconds = dict(clock.seconds) | {"audit": 0.0}
+    audited_updates_s = 0.0
     if audit is not None:
-        # The checks run between two updates' events; what they take is not the update's.
-        seconds["audit"] = audit.summary().seconds
-        seconds["update"] -= seconds["audit"]
+        seconds["audit"], audited_updates_s = audit.summary().seconds, audit.updates_s
+        # The clock does not know of the audit: at updates it counts as theirs.
+        seconds["update"] -= audited_updates_s
+        seconds["other"] -= seconds["audit"] - audited_updates_s
         lengths = [row["objective/response_length"] for row in rows]
     limit = trainer.args.response_length
     return {
@@ -250,6 +264,7 @@ def outcome(
         "wall_s": wall_s,
         "episodes_per_s": trainer.args.total_episodes / wall_s,
         "seconds": seconds,
+        "audited_updates_s": audited_updates_s,
         "state_bytes": state_bytes(trainer),
         "mean_response": statistics.mean(min(length, limit) for length in lengths),
         "response_limit": limit,

@@ -129,14 +129,13 @@ def summarize(rounds: list[dict[str, Any]], sides: list[str]) -> dict[str, Any]:
 
 def medians(runs: list[dict[str, Any]]) -> dict[str, Any]:
     peaks = [run["peak_bytes"] for run in runs if run["peak_bytes"] is not None]
-    shares = [run["seconds"]["audit"] / run["wall_s"] for run in runs]
     return {
         "episodes_per_s": statistics.median(run["episodes_per_s"] for run in runs),
         "seconds": {
             phase: statistics.median(run["seconds"].get(phase, 0.0) for run in runs)
             for phase in PHASES
         },
-        "audit_share": statistics.median(shares),
+        "audit_share": statistics.median(audit_share(run) for run in runs),
         "peak_bytes": statistics.median(peaks) if peaks else None,
         "state_bytes": sum(runs[0]["state_bytes"].values()),
         "mean_response": statistics.mean(run["mean_response"] for run in runs),
@@ -144,6 +143,14 @@ def medians(runs: list[dict[str, Any]]) -> dict[str, Any]:
         "first_reward": statistics.mean(run["first_reward"] for run in runs),
         "last_reward": statistics.mean(run["last_reward"] for run in runs),
     }
+
+
+def audit_share(run: dict[str, Any]) -> float:
+    """What the audit takes of the time between its first look and its last, which see everything
+    and come once a run.
+    """
+    once_s = run["seconds"]["audit"] - run["audited_updates_s"]
+    return run["audited_updates_s"] / (run["wall_s"] - once_s)
 
 
 def median_ratio(rounds: list[dict[str, Any]], side: str, baseline: str, name: str) -> float | None:
@@ -170,7 +177,17 @@ def show(job: str, result: dict[str, Any]) -> None:
     print(f"\n### {job}: mean response {first['mean_response']:.0f} of {first['response_limit']}\n")
     ratios = [f"x {baseline}" for baseline in result["ratios"]]
     memory = [f"memory x {baseline}" for baseline in result["ratios"]]
-    titles = ["", "episodes/s", *ratios, "peak MB", *memory, "state MB", *PHASES, "last reward"]
+    titles = [
+        "",
+        "episodes/s",
+        *ratios,
+        "peak MB",
+        *memory,
+        "state MB",
+        *PHASES,
+        "audit %",
+        "last reward",
+    ]
     print("| " + " | ".join(titles) + " |\n|" + "---|" * len(titles))
     for side, row in result["sides"].items():
         of_side = [result["ratios"][baseline].get(side, {}) for baseline in result["ratios"]]
@@ -182,6 +199,7 @@ def show(job: str, result: dict[str, Any]) -> None:
             *(number(ratio.get("peak_memory")) for ratio in of_side),
             f"{row['state_bytes'] / 1e6:.0f}",
             *(f"{row['seconds'][phase]:.2f}" for phase in PHASES),
+            "" if side in BASELINES else f"{100 * row['audit_share']:.2f}",
             f"{row['last_reward']:.3f}",
         ]
         print("| " + " | ".join(cells) + " |")

@@ -329,9 +329,9 @@ def meddling(name: str) -> Iterator[None]:
     look = Snapshotter.before_update
     deed = MEDDLING[name][0]
 
-    def before_update(snapshotter: Any) -> None:
+    def before_update(snapshotter: Any, **options: Any) -> None:
         deed(snapshotter)
-        look(snapshotter)
+        look(snapshotter, **options)
 
     with mock.patch.object(Snapshotter, "before_update", before_update):
         yield

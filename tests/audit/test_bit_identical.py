@@ -242,6 +242,7 @@ MEMORY = """
         auditor.detach()
         return status("VmHWM") - before
 
+    torch.ones(2**16).abs().sum()  # large enough to start torch's threads
     audit(8, 2)
     print(audit(1024, 16))
 """

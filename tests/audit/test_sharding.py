@@ -218,7 +218,7 @@ def test_every_gap_is_told_once() -> None:
     missing = {Scope.GRADIENTS: "no .grad"}
     in_part = {Scope.ROLES: "never_updated: no .grad"}
     config = AuditConfig()
-    lines = {s.value: coverage(s, inventory, config, missing, in_part) for s in Scope}
+    lines = {s.value: coverage(s, inventory, config, missing, {}, in_part) for s in Scope}
     tensors, *scopes = gaps(lines, inventory, config)
     assert tensors.startswith("2 tensors are not checked, such as 1.weight: on the meta device")
     assert scopes == [

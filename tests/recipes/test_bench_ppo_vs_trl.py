@@ -56,7 +56,9 @@ def test_every_side_runs_the_same_job(tmp_path: Path) -> None:
         assert 1 <= run["mean_response"] <= run["response_limit"] == 8
         # The same frozen reward model scores episodes of the same untrained policy.
         assert abs(run["first_reward"]) < 1
-        assert (run["seconds"]["audit"] > 0) == side.startswith("ours")
+        audited = side.startswith("ours")
+        assert (run["seconds"]["audit"] > run["audited_updates_s"] > 0) == audited
+        assert (0 < job["sides"][side]["audit_share"] < 1) == audited
     state = {side: run["state_bytes"] for side, run in runs.items()}
     # Four equal models but for an LM head and one row; two of them train, with two moments each.
     full = state["ours_separate"]

@@ -20,6 +20,7 @@ from trl_sync.audit.digest import CPU_ALGORITHM, GPU_ALGORITHM
 from trl_sync.audit.engine import (
     engine_name,
     keeps_no_gradients,
+    needless_scopes,
     not_distributed,
     unavailable_scopes,
     uncompared_parts,
@@ -220,7 +221,7 @@ class SyncAuditor:
         with self._timed():
             self.drain()
             if self._due(step):
-                self._snapshotter.before_update()
+                self._snapshotter.before_update(updated_since=self._hooks.updates > 0)
 
     def after_update(self, step: int) -> SyncReport | None:
         """Update `step` is done; the report, or None if it comes later or is not due."""
@@ -324,11 +325,13 @@ class SyncAuditor:
         self._stack.callback(self.inventory.close)
         self._check_repair()
         self._unavailable = unavailable_scopes(self._state)
+        self._needless = needless_scopes(self.comparison.world_size)
         self._snapshotter = Snapshotter(
             self.inventory,
             self.config,
             self._active_scopes(),
             has_gradients=not keeps_no_gradients(self._state),
+            alone=self.comparison.world_size == 1,
         )
         self._stack.callback(self._snapshotter.close)
         self._judge = self._make_judge()
@@ -387,7 +390,8 @@ class SyncAuditor:
             name_missing_on_uncaught(self.watch)
 
     def _active_scopes(self) -> list[Scope]:
-        return [s for s in Scope if self.config.audits(s) and s not in self._unavailable]
+        without = self._unavailable.keys() | self._needless.keys()
+        return [s for s in Scope if self.config.audits(s) and s not in without]
 
     def _listen(self) -> None:
         """Hooks the loop: backward passes, and real optimizer steps."""
@@ -413,8 +417,9 @@ class SyncAuditor:
     def _write_first_line(self, self_test_s: float | None) -> None:
         inventory = self.inventory
         uncompared = uncompared_parts(self._state, inventory)
+        absent = (self._unavailable, self._needless)
         scopes = {
-            scope.value: coverage(scope, inventory, self.config, self._unavailable, uncompared)
+            scope.value: coverage(scope, inventory, self.config, *absent, uncompared)
             for scope in Scope
         }
         self.note(

@@ -18,6 +18,7 @@ def coverage(
     inventory: Inventory,
     config: AuditConfig,
     unavailable: Mapping[Scope, str],
+    needless: Mapping[Scope, str],
     uncompared: Mapping[Scope, str] | None = None,
 ) -> dict[str, Any]:
     """Whether `scope` is audited, how much there is and whom it is compared with; or why not."""
@@ -25,6 +26,8 @@ def coverage(
         return {"status": "unavailable", "reason": unavailable[scope]}
     if not config.audits(scope):
         return {"status": "not chosen"}
+    if scope in needless:
+        return {"status": "not needed", "reason": needless[scope]}
     missing = {} if uncompared is None else uncompared
     found: dict[str, Any] = {"status": "audited"}
     if scope in missing:

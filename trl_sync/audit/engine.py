@@ -71,6 +71,13 @@ def unavailable_scopes(state: Any) -> dict[Scope, str]:
     return {}
 
 
+def needless_scopes(world_size: int) -> dict[Scope, str]:
+    """The scopes that say nothing where there are so many ranks, each with the reason."""
+    if world_size > 1:
+        return {}
+    return {Scope.GRADIENTS: "one rank: there is no other to compare with"}
+
+
 def uncompared_parts(state: Any, inventory: Inventory) -> dict[Scope, str]:
     """What cannot be compared of scopes that are audited otherwise, each with the reason."""
     found = {}

@@ -14,7 +14,7 @@ from trl_sync.audit.sharding import local_tensor
 UPDATES = 3
 # Adam divides by |g| + 1e-8: far above that its update is about the learning rate.
 CLEAR_GRADIENT = 1e-6
-PIECE = 1 << 17
+PIECE = 1 << 15
 
 
 class Motion(Enum):

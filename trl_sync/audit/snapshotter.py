@@ -43,7 +43,11 @@ class _BeforeUpdate:
 
 
 class Snapshotter:
-    """Snapshots of one rank: call `before_update`, `after_update`, or `full`, then `resolve`."""
+    """Snapshots of one rank: call `before_update`, `after_update`, or `full`, then `resolve`.
+
+    `alone`: there is no other rank. What the parameters were after the last update then stands for
+    what they are before the next: an edit in between could be seen, but compared with nothing.
+    """
 
     def __init__(
         self,
@@ -52,8 +56,10 @@ class Snapshotter:
         scopes: Sequence[Scope],
         *,
         has_gradients: bool = True,
+        alone: bool = False,
     ) -> None:
         self.inventory = inventory
+        self._alone = alone
         # Without them nothing says what should have moved.
         self._has_gradients = has_gradients
         self._scopes = frozenset(scopes)
@@ -81,13 +87,18 @@ class Snapshotter:
         self._roles.close()
         self.inventory.close()
 
-    def before_update(self) -> None:
-        """Gradients as they will be used, and the parameters they will be applied to."""
+    def before_update(self, *, updated_since: bool) -> None:
+        """Gradients as they will be used, and the parameters they will be applied to.
+
+        `updated_since`: there was an update after the last snapshot.
+        """
         self._follow_inventory()
         trainable, inventory = self.inventory.trainable, self.inventory
         self._before = _BeforeUpdate()
         if Scope.TRAINABLE in self._scopes:
-            self._take_named(self._before.taken, Slot.BEFORE, inventory.looked_at(Scope.TRAINABLE))
+            named = inventory.looked_at(Scope.TRAINABLE)
+            if updated_since or not self._knows(named.names):
+                self._take_named(self._before.taken, Slot.BEFORE, named)
             if self._has_gradients:
                 self._before.expected = self._liveness.expect(
                     trainable.names, trainable.tensors, inventory.learning_rates
@@ -142,6 +153,8 @@ class Snapshotter:
         """
         names = {slot: taken.names for slot, taken in snapshot.taken.items()}
         digests = {slot: taken.pending.result() for slot, taken in snapshot.taken.items()}
+        if Slot.AFTER in names and Slot.BEFORE not in names and self._last is not None:
+            names[Slot.BEFORE], digests[Slot.BEFORE] = self._last
         reaches = {
             slot: taken.reaches
             for slot, taken in snapshot.taken.items()
@@ -156,6 +169,10 @@ class Snapshotter:
         if newest in digests:
             self._last = (names[newest], digests[newest])
         return checksums, history
+
+    def _knows(self, names: Sequence[str]) -> bool:
+        """Whether the last checksums of the parameters of these names hold until their update."""
+        return self._alone and self._last is not None and self._last[0] == names
 
     def forget_parameters(self) -> None:
         """The trainable parameters were set on purpose: what they were before says nothing."""
