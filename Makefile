@@ -36,7 +36,8 @@ test-floor: $(INSTALLED) .floor/trl
 # PPO beside TRL 1.12 and against its own sizes; the figures lie in runs/bench.
 bench: $(INSTALLED) .oracle/trl
 	mkdir -p runs/bench
-	$(BIN)/python recipes/bench/ppo_vs_trl.py --jobs 15m:natural --pairs 3 --json runs/bench/natural.json
+	$(BIN)/python recipes/bench/ppo_vs_trl.py --jobs 15m:natural --pairs 3 \
+		--sides trl trl_peft ours_shared ours_nf4 --json runs/bench/natural.json
 	$(BIN)/python recipes/bench/ppo_vs_trl.py --jobs 110m:limit --pairs 1 --json runs/bench/limit.json
 	$(BIN)/python recipes/bench/scaling.py --quick --json runs/bench/scaling.json
 

@@ -112,3 +112,11 @@ def test_an_output_that_is_not_contiguous_stays_as_it_is() -> None:
         add_low_rank(output, source, updates), expected, rtol=1e-12, atol=1e-12
     )  # fp64
     assert torch.equal(output, before)
+
+
+def test_the_gradient_of_a_source_that_is_not_contiguous() -> None:
+    base, source, updates = tensors(6)
+    source = source.transpose(0, 1).contiguous().transpose(0, 1).requires_grad_()
+    (expected,) = torch.autograd.grad(written_out(source @ base.T, source, updates).sum(), source)
+    (found,) = torch.autograd.grad(add_low_rank(source @ base.T, source, updates).sum(), source)
+    torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)  # fp64

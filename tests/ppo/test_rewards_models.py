@@ -155,6 +155,29 @@ def test_any_module_with_one_logit_will_do() -> None:
     torch.testing.assert_close(scored(MeanId()), torch.tensor(means))
 
 
+class Masks(nn.Module):
+    """Gives the first token's id, and keeps the masks it was called with."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[Tensor] = []
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Any:
+        self.seen.append(attention_mask)
+        return SimpleNamespace(logits=input_ids[:, :1].float())
+
+
+def test_rows_of_similar_length_are_scored_together_without_needless_padding() -> None:
+    model = Masks()
+    found = scored(model, batch_size=2)
+    assert found.tolist() == [prompt[0] for prompt in PROMPTS]
+    masks = model.seen[-((len(PROMPTS) + 1) // 2) :]
+    assert all(int(mask.sum(1).max()) == mask.shape[1] for mask in masks)
+    assert all(bool(mask[:, 0].all()) for mask in masks)
+    lengths = [length for mask in masks for length in mask.sum(1).tolist()]
+    assert lengths == sorted(len(p) + len(r) for p, r in zip(PROMPTS, RESPONSES, strict=True))
+
+
 class Labels(nn.Module):
     def __init__(self, number: int) -> None:
         super().__init__()

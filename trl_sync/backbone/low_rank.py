@@ -97,7 +97,8 @@ class _AddLowRank(torch.autograd.Function):
         whole = num_updates == ctx.num_slices
         of_source = None
         if wants_source:
-            of_source = torch.empty_like(source) if whole else torch.zeros_like(source)
+            make = torch.empty_like if whole else torch.zeros_like
+            of_source = make(source, memory_format=torch.contiguous_format)
         of_weights: list[Tensor | None] = []
         grads, sources = grad.chunk(ctx.num_slices), source.chunk(ctx.num_slices)
         for index, (number, scaling) in enumerate(ctx.chosen):
@@ -110,7 +111,7 @@ class _AddLowRank(torch.autograd.Function):
             of_weights.append((thin.T @ of_output).mul_(scaling).T if wants_up else None)
             if of_source is not None:
                 part = of_source.chunk(ctx.num_slices)[number]
-                part.copy_((of_thin @ down).view(part.shape))
+                torch.mm(of_thin, down, out=part.view(-1, part.shape[-1]))
         return grad, of_source, None, None, *of_weights
 
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import functools
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -102,6 +103,7 @@ class AdapterRouter:
 
     def __init__(self, model: PeftModel) -> None:
         self.active: Routes = ()
+        self._plans: dict[LoraLayer, _Plan] = {}
         self.layers: list[LoraLayer] = []
         self.watch_layers(model)
         if not self.layers:
@@ -131,11 +133,12 @@ class AdapterRouter:
     @contextlib.contextmanager
     def routes(self, *adapters: str | None) -> Iterator[None]:
         """Within the block the batch is cut into `len(adapters)` equal slices, one for each."""
-        previous, self.active = self.active, adapters
+        previous = self.active, self._plans
+        self.active, self._plans = adapters, {}
         try:
             yield
         finally:
-            self.active = previous
+            self.active, self._plans = previous
 
     def checkpoint_contexts(self) -> tuple[Any, Any]:
         """The contexts of a checkpointed forward and of its recomputation, for `context_fn`.
@@ -145,26 +148,63 @@ class AdapterRouter:
         return contextlib.nullcontext(), self.routes(*self.active)
 
     def _add_updates(self, layer: Any, args: tuple[Any, ...], output: Tensor) -> Tensor:
-        adapters = [adapter if adapter in layer.scaling else None for adapter in self.active]
-        chosen = [adapter for adapter in adapters if adapter is not None]
-        if not chosen:
+        plan = self._plans.get(layer)
+        if plan is None:
+            plan = self._plans[layer] = _Plan.of(layer, self.active)
+        if not plan.changes_output:
             return output
-        source = args[0]
-        if source.shape[0] % len(adapters):
-            raise AssertionError(f"{source.shape[0]} rows do not split into {len(adapters)} slices")
-        if all(_is_plain(layer, adapter) for adapter in chosen):
-            rates = {_dropout_rate(layer, adapter) for adapter in chosen}
-            if rates == {0.0} or (len(rates) == 1 and len(chosen) == len(adapters)):
-                return _add_in_place(layer, adapters, source, output, dropout=rates.pop())
-        slices = zip(
-            adapters, source.chunk(len(adapters)), output.chunk(len(adapters)), strict=True
-        )
+        source, num_slices = args[0], len(plan.adapters)
+        if source.shape[0] % num_slices:
+            raise AssertionError(f"{source.shape[0]} rows do not split into {num_slices} slices")
+        if plan.products is not None:
+            return _add_in_place(plan.products, source, output, dropout=plan.dropout)
+        slices = zip(plan.adapters, source.chunk(num_slices), output.chunk(num_slices), strict=True)
         return torch.cat(
             [
                 base if adapter is None else base + _update(layer, adapter, part).to(base.dtype)
                 for adapter, part, base in slices
             ]
         )
+
+
+# The two linear maps of a low-rank update, the thin one first, and its scaling.
+_Products = tuple[Any, Any, float]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Plan:
+    """What a layer does while certain routes are active: found once, used at every token.
+
+    `adapters` are those of the slices that the layer has, `products` theirs if all the updates can
+    be added in place, with one rate of `dropout`.
+    """
+
+    adapters: Routes
+    products: tuple[_Products | None, ...] | None = None
+    dropout: float = 0.0
+
+    @classmethod
+    def of(cls, layer: Any, routes: Routes) -> _Plan:
+        adapters = tuple(adapter if adapter in layer.scaling else None for adapter in routes)
+        chosen = [adapter for adapter in adapters if adapter is not None]
+        if not chosen or not all(_is_plain(layer, adapter) for adapter in chosen):
+            return cls(adapters=adapters)
+        rates = {_dropout_rate(layer, adapter) for adapter in chosen}
+        if rates != {0.0} and (len(rates) > 1 or len(chosen) < len(adapters)):
+            return cls(adapters=adapters)
+
+        def products(adapter: str) -> _Products:
+            return layer.lora_A[adapter], layer.lora_B[adapter], layer.scaling[adapter]
+
+        return cls(
+            adapters=adapters,
+            products=tuple(None if name is None else products(name) for name in adapters),
+            dropout=rates.pop(),
+        )
+
+    @property
+    def changes_output(self) -> bool:
+        return any(adapter is not None for adapter in self.adapters)
 
 
 def _is_plain(layer: Any, adapter: str) -> bool:
@@ -186,23 +226,19 @@ def _dropout_rate(layer: Any, adapter: str) -> float:
 
 
 def _add_in_place(
-    layer: Any,
-    adapters: Sequence[str | None],
-    source: Tensor,
-    output: Tensor,
-    dropout: float,
+    products: Sequence[_Products | None], source: Tensor, output: Tensor, *, dropout: float
 ) -> Tensor:
     kind = source.device.type
     # What autocast would compute the products in, and else the adapter's own type.
     dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
 
-    def low_rank(adapter: str) -> LowRank:
-        down, up = layer.lora_A[adapter].weight, layer.lora_B[adapter].weight
+    def low_rank(thin: Any, wide: Any, scaling: float) -> LowRank:
+        down, up = thin.weight, wide.weight
         if dtype is not None:
             down, up = down.to(dtype), up.to(dtype)
-        return LowRank(down=down, up=up, scaling=layer.scaling[adapter])
+        return LowRank(down=down, up=up, scaling=scaling)
 
-    updates = [None if adapter is None else low_rank(adapter) for adapter in adapters]
+    updates = [None if of_slice is None else low_rank(*of_slice) for of_slice in products]
     wanted = next(update.down.dtype for update in updates if update is not None)
     # One draw for all slices: every element has its own chance anyway.
     source = functional.dropout(source.to(wanted), dropout, training=dropout > 0)

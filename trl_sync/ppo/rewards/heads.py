@@ -41,13 +41,9 @@ def sequence_scorer(model: nn.Module, pad_id: int) -> LastTokenScorer | LogitsSc
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LastTokenScorer:
-    """A decoder with a `score` head or a value head, read at the last real token.
-
-    `wants_right_padding` tells of a scorer whether the first real token must be in column 0.
-    """
+    """A decoder with a `score` head or a value head, read at the last real token."""
 
     head: ScalarHead
-    wants_right_padding: bool = False
 
     def __call__(
         self, input_ids: Int[Tensor, "N T"], mask: Bool[Tensor, "N T"]
@@ -68,12 +64,12 @@ class LastTokenScorer:
 class LogitsScorer:
     """Any module whose forward gives `.logits` of shape [B, 1], an encoder classifier for example.
 
-    It pools by itself, so padding holds its own padding id, which some models look for.
+    It pools by itself, so tokens must begin in column 0, and padding holds its own padding id,
+    which some models look for.
     """
 
     model: Any
     pad_id: int
-    wants_right_padding: bool = True
 
     def __call__(
         self, input_ids: Int[Tensor, "N T"], mask: Bool[Tensor, "N T"]

@@ -23,6 +23,7 @@ from trl_sync.ppo.rewards.tokens import (
     OwnTokens,
     PolicyTokens,
     find_tokenizer,
+    parts_by_length,
     vocabulary_difference,
 )
 
@@ -86,9 +87,7 @@ class ModelReward(Source):
         pad_id = _pad_id(language_model, own or tokenizer)
         self._scorer = sequence_scorer(self.model, pad_id)
         context = _context(getattr(language_model, "config", None))
-        self._tokens: PolicyTokens | OwnTokens = PolicyTokens(
-            context=context, right_padding=self._scorer.wants_right_padding
-        )
+        self._tokens: PolicyTokens | OwnTokens = PolicyTokens(context=context)
         if own is not None:
             self._tokens = OwnTokens(
                 own,
@@ -101,8 +100,10 @@ class ModelReward(Source):
     @torch.no_grad()
     def reward(self, rollout: Rollout, adapter_scores: Float[Tensor, " B"] | None = None) -> Reward:
         ids, mask = self._tokens(rollout)
-        parts = zip(ids.split(self._batch_size), mask.split(self._batch_size), strict=True)
-        return Reward(scores=torch.cat([self._scorer(*part) for part in parts]))
+        scores = torch.zeros(len(ids), device=ids.device)
+        for rows, *part in parts_by_length(ids, mask, self._batch_size):
+            scores[rows] = self._scorer(*part).float()
+        return Reward(scores=scores)
 
 
 def model_name(model: Any) -> str:

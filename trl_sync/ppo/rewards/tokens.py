@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -60,12 +61,27 @@ def vocabulary_difference(
     )
 
 
+def parts_by_length(
+    input_ids: Int[Tensor, "B T"], mask: Bool[Tensor, "B T"], size: int
+) -> Iterator[tuple[Int[Tensor, " N"], Int[Tensor, "N t"], Bool[Tensor, "N t"]]]:
+    """Rows of similar length, at most `size` at a time: which ones, their tokens and their mask.
+
+    The tokens begin in column 0, and there are no more columns than the longest row has tokens.
+    """
+    lengths = mask.sum(1).cpu()
+    tokens_first = mask.long().argsort(dim=1, descending=True, stable=True)
+    input_ids, mask = input_ids.gather(1, tokens_first), mask.gather(1, tokens_first)
+    for rows in lengths.argsort(stable=True).split(size):
+        width = max(1, int(lengths[rows[-1]]))
+        rows = rows.to(mask.device)
+        yield rows, input_ids[rows, :width], mask[rows, :width]
+
+
 class PolicyTokens:
     """The tokens of the rollout as they are; of the front, as much as `context` allows."""
 
-    def __init__(self, *, context: int | None, right_padding: bool) -> None:
+    def __init__(self, *, context: int | None) -> None:
         self._context = context
-        self._right_padding = right_padding
         self._warned = False
 
     def __call__(self, rollout: Rollout) -> Sequences:
@@ -73,9 +89,7 @@ class PolicyTokens:
         if self._context is not None and int(mask.sum(1).max()) > self._context:
             self._warned = _warn_once(self._warned, self._context)
             mask = mask & (mask.flip(1).cumsum(1).flip(1) <= self._context)
-        if not self._right_padding:
-            return ids, mask
-        return pad_right([row[kept].tolist() for row, kept in zip(ids, mask, strict=True)], ids)
+        return ids, mask
 
 
 class OwnTokens:
