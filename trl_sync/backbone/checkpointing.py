@@ -7,7 +7,7 @@ the old names; earlier versions have only those.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from torch import nn
@@ -53,14 +53,15 @@ def is_checkpointing(model: nn.Module) -> bool:
     return False
 
 
-def train_checkpointed_layers(model: nn.Module, mode: bool) -> None:
-    """Sets the flag by which layers decide whether to recompute; what they compute stays as it is.
+def checkpointed_layers(model: nn.Module) -> Iterator[nn.Module]:
+    """The layers that recompute their activations if their own `training` is set.
 
-    Layers that keep their activations stay in evaluation mode.
+    What they compute stays as it is: what they contain has flags of its own.
     """
     for module in model.modules():
-        if isinstance(module, GradientCheckpointingLayer):
-            module.training = mode and bool(getattr(module, "gradient_checkpointing", False))
+        recomputes = getattr(module, "gradient_checkpointing", False)
+        if recomputes and isinstance(module, GradientCheckpointingLayer):
+            yield module
 
 
 def _evaluate_inside(model: nn.Module) -> None:

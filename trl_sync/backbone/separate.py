@@ -23,10 +23,10 @@ from transformers.utils import logging
 from trl_sync.backbone.adapter_roles import copy_adapter, reference_adapter, starts_as_nothing
 from trl_sync.backbone.checkpointing import (
     OldCheckpointingNames,
+    checkpointed_layers,
     disable_checkpointing,
     enable_checkpointing,
     is_checkpointing,
-    train_checkpointed_layers,
 )
 from trl_sync.backbone.fingerprint import base_tensors
 from trl_sync.backbone.generation import continue_prompts, evaluation_mode
@@ -36,6 +36,7 @@ from trl_sync.backbone.logprob import (
     knows_head,
     token_statistics,
 )
+from trl_sync.backbone.modes import set_training
 from trl_sync.backbone.partitioned import make_whole
 from trl_sync.backbone.passes import ResponseTokens, model_inputs, trunk_of
 from trl_sync.backbone.quantization import check_not_repacked, keep_packed_weights
@@ -152,14 +153,16 @@ class SeparateModels(OldCheckpointingNames, nn.Module):
         The layers that decide on gradient checkpointing by their own flag get it; what they
         contain does not.
         """
-        super().train(False)
-        self.training = mode
+        set_training(self, self._modules_that_train(), mode)
+        return self
+
+    def _modules_that_train(self) -> Iterator[nn.Module]:
+        yield self
         for model in (self.policy, self.value_model):
-            train_checkpointed_layers(model, mode)
+            yield from checkpointed_layers(model)
             for module in model.modules():
                 if isinstance(module, LoraLayer):
-                    module.lora_dropout.train(mode)
-        return self
+                    yield from module.lora_dropout.modules()
 
     def activation_checkpointing_enable(
         self,

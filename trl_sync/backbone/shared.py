@@ -16,13 +16,14 @@ from transformers import GenerationConfig, PreTrainedModel
 
 from trl_sync.backbone.checkpointing import (
     OldCheckpointingNames,
+    checkpointed_layers,
     disable_checkpointing,
     enable_checkpointing,
-    train_checkpointed_layers,
 )
 from trl_sync.backbone.fingerprint import base_tensors, fingerprint_of
 from trl_sync.backbone.generation import continue_prompts, evaluation_mode
 from trl_sync.backbone.logprob import CausalHead, chunked_token_statistics
+from trl_sync.backbone.modes import set_training
 from trl_sync.backbone.partitioned import make_whole
 from trl_sync.backbone.passes import ResponseTokens, model_inputs, trunk_of
 from trl_sync.backbone.quantization import check_not_repacked, keep_packed_weights
@@ -181,15 +182,17 @@ class SharedBackbone(OldCheckpointingNames, nn.Module):
         The layers that decide on gradient checkpointing by their own flag get it; what they
         contain does not.
         """
-        super().train(False)
-        self.training = mode
-        self.value_head.train(mode)
-        train_checkpointed_layers(self.peft_model, mode)
+        set_training(self, self._modules_that_train(), mode)
+        return self
+
+    def _modules_that_train(self) -> Iterator[nn.Module]:
+        yield self
+        yield from self.value_head.modules()
+        yield from checkpointed_layers(self.peft_model)
         for layer in self.router.layers:
             for role in self.roles.values():
                 if role.trainable and role.adapter in layer.lora_dropout:
-                    layer.lora_dropout[role.adapter].train(mode)
-        return self
+                    yield layer.lora_dropout[role.adapter]
 
     def activation_checkpointing_enable(
         self,
