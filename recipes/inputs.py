@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
+import json
 from argparse import SUPPRESS, RawDescriptionHelpFormatter
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -130,15 +133,16 @@ def load_train_split(script: TrlScriptArguments) -> Dataset:
     """The split to train on: of a dataset on the hub, or of a local file or folder."""
     if script.dataset_name is None:
         raise ConfigError("No data: give --dataset_name, a dataset on the hub or a local path.")
-    is_local = Path(script.dataset_name).exists()
-    name = script.dataset_name
-    data = load_local(Path(name)) if is_local else load_dataset(name, script.dataset_config)
+    return load_named_split(script.dataset_name, script.dataset_config, script.dataset_train_split)
+
+
+def load_named_split(name: str, config: str | None, split: str) -> Dataset:
+    """A split of a dataset on the hub, or of a local file or folder."""
+    data = load_local(Path(name)) if Path(name).exists() else load_dataset(name, config)
     splits = data if isinstance(data, DatasetDict) else DatasetDict(train=data)
-    if script.dataset_train_split not in splits:
-        raise ConfigError(
-            f"The dataset has no split {script.dataset_train_split!r}, only {list(splits)}."
-        )
-    return splits[script.dataset_train_split]
+    if split not in splits:
+        raise ConfigError(f"The dataset has no split {split!r}, only {list(splits)}.")
+    return splits[split]
 
 
 def load_policy(path: str, script: ScriptArguments, model_args: ModelConfig) -> SharedBackbone:
@@ -166,16 +170,7 @@ def load_policy(path: str, script: ScriptArguments, model_args: ModelConfig) -> 
 def load_reward(script: ScriptArguments, config: PPOConfig, embedded: Any) -> Any:
     """The function, else the reward model, else the one of the embedded default."""
     if script.reward_function is not None:
-        file, _, name = script.reward_function.partition(":")
-        if not Path(file).is_file() or not name:
-            raise ConfigError(
-                f"--reward_function {script.reward_function}: expected an existing file and a "
-                "function in it, as rewards.py:my_reward."
-            )
-        spec = importlib.util.spec_from_file_location(Path(file).stem, file)
-        module = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
-        return getattr(module, name)
+        return load_function(script.reward_function)
     path = config.reward_model_path
     if path == PPOConfig.reward_model_path:  # TRL's default, which is not a reward model
         if embedded is None:
@@ -184,6 +179,22 @@ def load_reward(script: ScriptArguments, config: PPOConfig, embedded: Any) -> An
     return load_reward_model(
         path, quantization_config=nf4_config() if script.reward_load_in_4bit else None
     )
+
+
+def load_function(place: str) -> Callable[..., Any]:
+    """The function of a Python file, given as file.py:name."""
+    file, _, name = place.partition(":")
+    if not Path(file).is_file() or not name:
+        raise ConfigError(
+            f"--reward_function {place}: expected an existing file and a function in it, as "
+            "rewards.py:my_reward."
+        )
+    spec = importlib.util.spec_from_file_location(Path(file).stem, file)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    if not callable(getattr(module, name, None)):
+        raise ConfigError(f"--reward_function {place}: {file} has no function {name}.")
+    return getattr(module, name)
 
 
 def load_prompts(
@@ -214,14 +225,50 @@ def load_prompts(
 def load_local(path: Path) -> Dataset | DatasetDict:
     """A folder written by save_to_disk, or a file by its ending."""
     if path.is_dir():
-        return load_from_disk(str(path))
+        with _reading(path):
+            _check_saved(path)
+            return load_from_disk(str(path))
     kinds = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
     if not path.is_file() or path.suffix not in kinds:
         raise ConfigError(
             f"--dataset_path {path}: expected a folder of save_to_disk or a file ending in "
             f"{', '.join(kinds)}."
         )
-    return load_dataset(kinds[path.suffix], data_files=str(path))
+    with _reading(path):
+        return load_dataset(kinds[path.suffix], data_files=str(path))
+
+
+def _check_saved(folder: Path) -> None:
+    """Nothing, if the folder of save_to_disk names only what lies in it.
+
+    Where its files lie, `datasets` writes others when rows are tokenized.
+    """
+    splits = folder / "dataset_dict.json"
+    names = json.loads(splits.read_text())["splits"] if splits.is_file() else []
+    for state in (folder / "state.json", *folder.glob("*/state.json")):
+        if state.is_file():
+            names += [file["filename"] for file in json.loads(state.read_text())["_data_files"]]
+    for name in names:
+        if Path(name).name != name or "\\" in name:
+            raise ConfigError(
+                f"The dataset {folder} names {name[:80]!r}, expected a name of what lies in it: "
+                "write it again with save_to_disk."
+            )
+
+
+@contextlib.contextmanager
+def _reading(path: Path) -> Iterator[None]:
+    """Names the dataset that cannot be read, for whichever of many reasons."""
+    try:
+        yield
+    except ConfigError:
+        raise
+    except Exception as error:  # of datasets, Arrow, pandas, json and the file system
+        cause = error.__cause__ or error
+        raise ConfigError(
+            f"The dataset {path} cannot be read ({type(cause).__name__}: {str(cause)[:300]}): "
+            "repair the file, or write it again."
+        ) from error
 
 
 def resume_choice(config: PPOConfig) -> str | bool | None:

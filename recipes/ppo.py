@@ -16,71 +16,33 @@ Settings may also come from a YAML file (--config FILE; flags win). Two processe
 
 from __future__ import annotations
 
-import json
-import sys
-import time
-from pathlib import Path
 from typing import Any
 
-import yaml
-from torch.nn import Module
+import ppo_run
 from transformers import AutoTokenizer, set_seed
-from trl import ModelConfig, TrlParser
+from trl import ModelConfig
 
 from embedded_default import embedded_default, judge
-from inputs import (
-    ScriptArguments,
-    load_policy,
-    load_prompts,
-    load_reward,
-    make_parser,
-    resume_choice,
-)
-from trl_sync import ConfigError, DesyncError, PPOConfig, PPOTrainer, SyncAuditCallback
+from inputs import ScriptArguments, load_policy, load_prompts, load_reward
+from trl_sync import PPOConfig, PPOTrainer, SyncAuditCallback
 from trl_sync.ppo.progress import print_completions
-from trl_sync.ppo.summary import summarize
-from trl_sync.report import plot_learning_curve
-
-EMBEDDED_SETTINGS = Path(__file__).parent / "ppo_embedded.yaml"
 
 
 def main() -> None:
-    try:
-        run(*parse_arguments())
-    except (ConfigError, DesyncError) as error:
-        sys.exit(f"error: {error}")
+    ppo_run.main(run, __doc__)
 
 
-def parse_arguments() -> tuple[ScriptArguments, PPOConfig, ModelConfig]:
-    """Flags over --config file over, for the embedded default, its own settings."""
-    parser = make_parser(__doc__)
-    # The model alone first: PPOConfig checks its sizes, which the embedded settings decide.
-    model_args, *_ = TrlParser(ModelConfig, add_help=False).parse_args_and_config(
-        return_remaining_strings=True
-    )
-    if model_args.model_name_or_path is None:
-        parser.set_defaults_with_config(**yaml.safe_load(EMBEDDED_SETTINGS.read_text()))
-    return parser.parse_args_and_config()
+def parse_arguments() -> ppo_run.Arguments:
+    return ppo_run.parse_arguments(__doc__)
 
 
 def run(script: ScriptArguments, config: PPOConfig, model_args: ModelConfig) -> None:
     embedded = model_args.model_name_or_path is None
     trainer, audit = make_trainer(script, config, model_args)
-    before = trainer.completions()
-    started_s = time.perf_counter()
-    trainer.train(resume_from_checkpoint=resume_choice(config))
-    wall_s = time.perf_counter() - started_s
-    after = trainer.completions()
-    trainer.save_model()
-    trainer.save_state()
+    summary, before, after = ppo_run.train(trainer, audit)
     if trainer.is_world_process_zero():
-        summary = summarize(trainer, wall_s) | compare(before, after, judged=embedded)
-        if audit is not None:
-            done = audit.summary()
-            summary |= {"audits": done.audits, "desyncs": done.desyncs}
-            summary |= {"audit_share_of_step": done.share_of_step}
-        write_outcome(trainer, summary, Path(config.output_dir))
-        show(before, after, summary)
+        show(before, after)
+        ppo_run.write_outcome(trainer, summary | compare(before, after, judged=embedded))
 
 
 def make_trainer(
@@ -101,12 +63,7 @@ def make_trainer(
         train_dataset=train,
         eval_dataset=test,
     )
-    if not script.audit:
-        return trainer, None
-    reward = trainer.reward_model  # the other three are in the trainer's model
-    audit = SyncAuditCallback(modules={"reward": reward} if isinstance(reward, Module) else {})
-    trainer.add_callback(audit)
-    return trainer, audit
+    return trainer, ppo_run.add_audit(trainer, script)
 
 
 def compare(before: dict[str, Any], after: dict[str, Any], *, judged: bool) -> dict[str, float]:
@@ -125,18 +82,8 @@ def positive_share(columns: dict[str, Any]) -> float:
     return labels.count("positive") / len(labels)
 
 
-def write_outcome(trainer: PPOTrainer, summary: dict[str, Any], folder: Path) -> None:
-    (folder / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
-    try:
-        plot_learning_curve(trainer.state.log_history, folder / "learning_curve.png")
-    except ImportError:
-        print("learning_curve.png needs matplotlib: pip install 'trl-sync[report]'")
-    except ValueError as error:
-        print(f"no learning_curve.png: {error}")
-
-
-def show(before: dict[str, Any], after: dict[str, Any], summary: dict[str, Any]) -> None:
-    """The first prompts with both answers, and the figures."""
+def show(before: dict[str, Any], after: dict[str, Any]) -> None:
+    """The first prompts with both answers."""
     table = {
         "prompt": before["query"],
         "before": before["model response"],
@@ -145,7 +92,6 @@ def show(before: dict[str, Any], after: dict[str, Any], summary: dict[str, Any])
         "score after": after["score"],
     }
     print_completions({name: rows[:8] for name, rows in table.items()}, "Before and after")
-    print(json.dumps(summary, indent=2))
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -276,6 +277,44 @@ def test_a_rank_that_found_nothing_is_told() -> None:
     silent = replace(STRUCK, message=None, findings=())
     (complaint,) = demo.mistakes(FAULTS["step_skipped"], [NAMED, silent], NAMED)
     assert complaint == "rank 1 ended as if nothing had been found"
+
+
+def test_the_list_as_json(call: Call) -> None:
+    done = call("demo", "--list", "--json")
+    assert done.code == 0
+    faults = {fault["name"]: fault for fault in json.loads(done.out)}
+    assert set(faults) == set(FAULTS)
+    assert faults["step_skipped"]["cause"] == "stale_replica"
+    assert faults["step_skipped"]["description"] == FAULTS["step_skipped"].description
+
+
+def test_the_drill_as_json(call: Call, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(demo, "run_ranks", lambda *_: [NAMED, STRUCK])
+    done = call("demo", "--fault", "step_skipped", "--json")
+    assert done.code == 0
+    content = json.loads(done.out)
+    assert content["planted"] == {"ranks": [1], "step": 3, "tensor": "a.b"}
+    assert content["ranks"][1]["findings"] == [FINDING]
+    assert content["mistakes"] == []
+    healthy = call("demo", "--fault", "none", "--json")
+    assert healthy.code == 1
+    assert "rank 0 was not silent" in json.loads(healthy.out)["mistakes"][0]
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
+def test_shells_complete_the_commands(shell: str) -> None:
+    code = "import sys; sys.argv[0] = 'trl-sync'; from trl_sync.cli import main; main()"
+    command = [sys.executable, "-c", code]
+    environment = os.environ | {"_TRL_SYNC_COMPLETE": f"source_{shell}"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    assert f"_TRL_SYNC_COMPLETE=complete_{shell}" in done.stdout
+    words = {"COMP_WORDS": "trl-sync re", "COMP_CWORD": "1", "_TYPER_COMPLETE_ARGS": "trl-sync re"}
+    environment |= words | {"_TRL_SYNC_COMPLETE": f"complete_{shell}"}
+    environment |= {"_TYPER_COMPLETE_FISH_ACTION": "get-args"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60)
+    assert "report" in done.stdout
+    assert "verify" not in done.stdout
 
 
 def test_silence_on_a_fault_ends_with_code_1(call: Call, monkeypatch: pytest.MonkeyPatch) -> None:

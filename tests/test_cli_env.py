@@ -53,7 +53,11 @@ def test_versions_devices_and_engines(call: Call) -> None:
     assert rows["python"] == sys.version.split()[0]
     content = json.loads(call("--json")[1])
     assert content["versions"]["torch"] == importlib.metadata.version("torch")
-    assert set(content) == {"versions", "devices", "engines"}
+    assert set(content) == {"versions", "devices", "engines", "abilities", "known_problems"}
+    assert content["abilities"]["4-bit weights (NF4)"] == {"can_run": True, "reason": ""}
+    assert content["abilities"]["checksums on the GPU"]["can_run"] == torch.cuda.is_available()
+    assert content["known_problems"] == []
+    assert "problem: none known of these versions" in out
 
 
 def test_what_is_not_installed_is_said(call: Call, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -64,6 +68,30 @@ def test_what_is_not_installed_is_said(call: Call, monkeypatch: pytest.MonkeyPat
     assert content["versions"]["deepspeed"] == "not installed"
     zero = content["engines"]["ZeRO-1, ZeRO-2, ZeRO-3"]
     assert zero == {"can_run": False, "reason": "DeepSpeed is not installed: trl-sync[deepspeed]"}
+
+
+def test_versions_with_problems_are_named(call: Call, monkeypatch: pytest.MonkeyPatch) -> None:
+    found = env.installed_version
+    odd = {"transformers": "5.6.0", "trl": "9.0.0"}
+    monkeypatch.setattr(env, "installed_version", lambda p: odd.get(p, found(p)))
+    monkeypatch.setattr(env, "has_accelerator", lambda: False)
+    trl, resume = json.loads(call("--json")[1])["known_problems"]
+    assert trl.startswith("trl 9.0.0 is installed, but trl_sync needs trl")
+    assert resume.startswith("transformers 5.6.0 cannot resume")
+    assert "problem: trl 9.0.0" in call()[1]
+
+
+def test_a_bitsandbytes_that_does_not_work_is_said(
+    call: Call, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import bitsandbytes.functional
+
+    def fails(*args: Any, **options: Any) -> None:
+        raise RuntimeError("no library for this device")
+
+    monkeypatch.setattr(bitsandbytes.functional, "quantize_4bit", fails)
+    four_bit = json.loads(call("--json")[1])["abilities"]["4-bit weights (NF4)"]
+    assert four_bit == {"can_run": False, "reason": "bitsandbytes: no library for this device"}
 
 
 def can_run(call: Call) -> dict[str, bool]:

@@ -16,6 +16,7 @@ markers =
     ranks
     oracle
     gpu
+    engines
 """
 PASSES = "import pytest\n@pytest.mark.ranks\n@pytest.mark.oracle\ndef test_passes(): pass\n"
 SKIPS = "def test_skips(): pytest.skip('the moon is full')\n"
@@ -48,6 +49,8 @@ def run(folder: Path, files: dict[str, str], *arguments: str, ci: str = "1") -> 
         ({"test_a.py": NO_RANKS}, [], "no test marked 'ranks' ran"),
         ({"test_a.py": NO_RANKS}, ["suite/test_a.py"], None),
         ({"test_a.py": NO_RANKS}, ["-k", "passes"], None),
+        ({"test_a.py": NO_RANKS}, ["-m", "not engines"], "no test marked 'ranks' ran"),
+        ({"test_a.py": NO_RANKS}, ["-m", "not ranks"], None),
     ],
 )
 def test_the_gate(

@@ -144,7 +144,7 @@ def random_job(
     paths = {"model": folder / "model", "reward_model": folder / "reward_model"}
     with torch.device("cpu"):
         policy = LlamaForCausalLM(llama_config(shape)).to(shape.dtype)
-        end_at_random(policy, mean_tokens=0.8 * shape.response_tokens)
+        end_at_random(policy, mean_tokens=shape.response_tokens)
         _save(policy, tokenizer, paths["model"])
         del policy
         reward = LlamaForSequenceClassification(llama_config(shape)).to(shape.dtype)

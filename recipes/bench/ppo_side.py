@@ -49,6 +49,8 @@ def main() -> None:
     clock.enter(None)
     figures = outcome(trainer, audit, clock, lengths, wall_s)
     figures["peak_bytes"] = memory.peak_bytes()
+    if audit is not None:
+        figures["planned_peak_bytes"] = planned_peak_bytes(options.side, job)
     options.output.write_text(json.dumps(figures))
 
 
@@ -271,6 +273,41 @@ def outcome(
         "first_reward": statistics.mean(row["objective/scores"] for row in rows[:tenth]),
         "last_reward": statistics.mean(row["objective/scores"] for row in rows[-tenth:]),
     }
+
+
+def planned_peak_bytes(side: str, job: dict[str, Any]) -> int:
+    """What `trl-sync env --plan` computes for this run: the floor of its peak on a GPU."""
+    import torch
+
+    from trl_sync.backbone.logprob import default_chunk_bytes
+    from trl_sync.planning.architecture import read_architecture
+    from trl_sync.planning.options import PlanOptions
+    from trl_sync.planning.plan import make_plan
+
+    settings, separate = job["settings"], side == "ours_separate"
+    in_4bit = side.startswith("ours_nf4")
+    shared = {} if separate else {
+        "lora_rank": LORA["r"],
+        "lora_dropout": 0.0,
+        "quantization": "nf4" if in_4bit else "none",
+    }  # fmt: skip
+    plan = PlanOptions(
+        model=read_architecture(job["model"]),
+        reward=read_architecture(job["reward_model"]),
+        reward_in_4bit=in_4bit,
+        separate=separate,
+        batch=settings["per_device_train_batch_size"],
+        rollout_batch=settings["local_rollout_forward_batch_size"],
+        prompt_tokens=max(map(len, job["prompts"])),
+        response_tokens=settings["response_length"],
+        dtype="bf16" if settings["bf16"] else "fp32",
+        gradient_checkpointing=side == "ours_nf4_ckpt",
+        logprob_chunk_bytes=default_chunk_bytes(
+            torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        ),
+        **shared,
+    )
+    return make_plan(plan).peak_bytes
 
 
 def state_bytes(trainer: Any) -> dict[str, int]:

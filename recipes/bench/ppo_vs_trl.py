@@ -137,6 +137,7 @@ def medians(runs: list[dict[str, Any]]) -> dict[str, Any]:
         },
         "audit_share": statistics.median(audit_share(run) for run in runs),
         "peak_bytes": statistics.median(peaks) if peaks else None,
+        "planned_peak_bytes": runs[0].get("planned_peak_bytes"),
         "state_bytes": sum(runs[0]["state_bytes"].values()),
         "mean_response": statistics.mean(run["mean_response"] for run in runs),
         "response_limit": runs[0]["response_limit"],
@@ -183,6 +184,7 @@ def show(job: str, result: dict[str, Any]) -> None:
         *ratios,
         "peak MB",
         *memory,
+        "computed MB",
         "state MB",
         *PHASES,
         "audit %",
@@ -195,8 +197,9 @@ def show(job: str, result: dict[str, Any]) -> None:
             side,
             f"{row['episodes_per_s']:.2f}",
             *(number(ratio.get("episodes_per_s")) for ratio in of_side),
-            "" if row["peak_bytes"] is None else f"{row['peak_bytes'] / 1e6:.0f}",
+            megabytes(row["peak_bytes"]),
             *(number(ratio.get("peak_memory")) for ratio in of_side),
+            megabytes(row["planned_peak_bytes"]),
             f"{row['state_bytes'] / 1e6:.0f}",
             *(f"{row['seconds'][phase]:.2f}" for phase in PHASES),
             "" if side in BASELINES else f"{100 * row['audit_share']:.2f}",
@@ -204,6 +207,10 @@ def show(job: str, result: dict[str, Any]) -> None:
         ]
         print("| " + " | ".join(cells) + " |")
     sys.stdout.flush()
+
+
+def megabytes(size: int | None) -> str:
+    return "" if size is None else f"{size / 1e6:.0f}"
 
 
 def number(value: float | None) -> str:

@@ -21,6 +21,7 @@ from trl_sync.backbone.shared import SharedBackbone
 from trl_sync.errors import ConfigError
 from trl_sync.ppo.batch import PromptBatch, Rollout, ScoredRollout
 from trl_sync.ppo.experience import make_experience
+from trl_sync.ppo.summary import summarize
 from trl_sync.ppo.updates import check_optimizers, skip_rest_of_iteration, split_off
 
 SAVES = {"save_strategy": "steps", "save_steps": 4}
@@ -109,6 +110,7 @@ def test_without_a_penalty_training_does_not_ask_the_reference(
     assert all(("objective/kl" in row) == (kl_coef > 0) for row in found)
     if not kl_coef:
         assert all(row["objective/rlhf_reward"] == row["objective/scores"] for row in found)
+    assert (summarize(trainer, wall_s=1.0)["kl_last"] is None) == (kl_coef == 0)
     # An evaluation tells how far the policy has gone in any case.
     assert "eval_objective/kl" in trainer.evaluate()
 

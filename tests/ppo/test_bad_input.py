@@ -346,7 +346,7 @@ def test_a_reward_function_that_fails_stops_before_the_first_update(
         trainer.train()
     assert trainer.state.global_step == 0
     assert runs.same(before, runs.trained(trainer))
-    assert not list((tmp_path / "out").iterdir())
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["run_record.json"]
 
 
 def test_a_reward_function_that_fails_in_evaluation(tmp_path: Path) -> None:

@@ -139,7 +139,7 @@ def test_push_to_hub_uploads_the_whole_policy_and_the_value_model(
     [upload] = hub.uploads
     assert upload["repo_id"] == "someone/name"
     assert upload["commit_message"] == "Done"
-    assert files_in(upload["copy"]) == SAVED | {"value"}
+    assert files_in(upload["copy"]) == SAVED | {"value", "run_record.json"}
     assert "value_head.safetensors" in files_in(upload["copy"] / "value")
     card = card_in(upload["copy"])
     assert card.data.datasets == "someone/prompts"

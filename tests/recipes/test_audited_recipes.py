@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -109,3 +110,42 @@ def test_a_fault_that_cannot_be_drilled_is_one_line(
     assert done.returncode != 0
     assert f"error: {complaint}" in done.stderr
     assert 'audit_demo.py", line' not in done.stderr  # no traceback of the recipe
+
+
+@pytest.mark.ranks
+@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize("kind", ["reward", "grpo", "rloo"])
+def test_trainers_with_adapters(kind: str, ranks: int, tmp_path: Path) -> None:
+    done = launch(f"{kind}_audited.py", *SHORT, "--output_dir", str(tmp_path), ranks=ranks)
+    assert_silent(tmp_path, done, ranks=ranks)
+    assert (tmp_path / "adapter_model.safetensors").is_file()
+
+
+@pytest.mark.ranks
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_a_loop_of_ones_own(ranks: int, tmp_path: Path) -> None:
+    arguments = ["--max_steps", "5", "--output_dir", str(tmp_path)]
+    done = launch("accelerate_loop_audited.py", *arguments, ranks=ranks)
+    assert_silent(tmp_path, done, ranks=ranks)
+    assert done.stdout.count("step 5: loss ") == 1
+    assert (tmp_path / "model.safetensors").is_file()
+
+
+@pytest.mark.ranks
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_a_frozen_base_that_drifts_is_named(ranks: int, tmp_path: Path) -> None:
+    done = launch("frozen_drift.py", "--output_dir", str(tmp_path), ranks=ranks)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "See docs/errors.md#frozen_changed" in done.stdout
+    # The first audit after the merge, which followed step 3.
+    assert "\nstep 4, base_model.model.model.layers.0." in done.stdout
+    moved = re.search(r"moved by (\S+) nats on average", done.stdout)
+    assert moved is not None
+    assert float(moved[1]) > 0.001
+
+
+def test_a_declared_merge_is_a_warning(tmp_path: Path) -> None:
+    done = launch("frozen_drift.py", "--declared", "--output_dir", str(tmp_path), ranks=1)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "no desync" in done.stdout
+    assert "Declared: adapters are merged for an inference engine." in done.stderr

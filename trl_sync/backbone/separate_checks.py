@@ -171,7 +171,10 @@ def _hint(model: Any) -> str:
     """What to do with a model that has a value head of its own."""
     if not hasattr(model, "v_head"):
         return ""
-    return ": pass its .pretrained_model and the whole as value_model, or use trl_sync.legacy"
+    return (
+        ": pass its .pretrained_model; to keep the value head, load the whole a second time as "
+        "value_model; or use trl_sync.legacy"
+    )
 
 
 def check_value_model(value_model: Any) -> None:

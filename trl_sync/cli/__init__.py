@@ -15,7 +15,7 @@ import typer
 app = typer.Typer(
     name="trl-sync",
     help="Synchronization audits of distributed training: see one work, read one, verify a save.",
-    add_completion=False,
+    add_completion=True,
     pretty_exceptions_enable=False,
     no_args_is_help=True,
 )
@@ -30,6 +30,7 @@ def _demo(
         bool, typer.Option("--list", help="List all faults and what sees them.")
     ] = False,
     seed: Annotated[int, typer.Option(min=0, help="Of weights and data.")] = 0,
+    as_json: Annotated[bool, typer.Option("--json", help="As JSON.")] = False,
 ) -> None:
     """Plant one fault in a training job of two CPU ranks and show how the audit names it.
 
@@ -39,23 +40,34 @@ def _demo(
     from trl_sync.cli.demo import find_fault, run_demo, show_faults
 
     if show_list:
-        show_faults()
+        show_faults(as_json=as_json)
         return
-    raise typer.Exit(0 if run_demo(find_fault(fault), seed) else 1)
+    raise typer.Exit(0 if run_demo(find_fault(fault), seed, as_json=as_json) else 1)
 
 
 @app.command("report")
 def _report(
-    path: Annotated[Path, typer.Argument(metavar="RUN_DIR_OR_JOURNAL")],
+    paths: Annotated[list[Path], typer.Argument(metavar="RUN_DIR_OR_JOURNAL...")],
     as_json: Annotated[bool, typer.Option("--json", help="As JSON.")] = False,
+    output: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="The page. Default: report.html in the first RUN_DIR."),
+    ] = None,
+    no_html: Annotated[
+        bool, typer.Option("--no-html", help="Print only: no page and no PNGs.")
+    ] = False,
 ) -> None:
-    """Summarize the journal (sync_audit.jsonl) of an audited run.
+    """Summarize audited runs, and write a page with curves, audit and completions of run folders.
 
-    Exit codes: 0 no desync, 3 the journal holds a desync, 2 there is no journal that can be read.
+    Several folders are compared. The page is one file that needs no other; PNGs lie beside it.
+
+    Exit codes: 0 no desync, 3 a journal (sync_audit.jsonl) holds a desync, 2 there is nothing
+    that can be read.
     """
     from trl_sync.cli.report import show_report
 
-    raise typer.Exit(3 if show_report(path, as_json=as_json) else 0)
+    desynced = show_report(paths, as_json=as_json, html=not no_html, output=output)
+    raise typer.Exit(3 if desynced else 0)
 
 
 @app.command("verify")

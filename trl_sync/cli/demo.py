@@ -6,9 +6,10 @@ How ranks are started is in `demo_ranks`, what runs on each in `demo_rank`.
 from __future__ import annotations
 
 import difflib
+import json
 import tempfile
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from trl_sync.audit.findings import Cause
 from trl_sync.cli.demo_ranks import RankOutcome, run_ranks
@@ -33,8 +34,14 @@ ON_EVERY_TENSOR = frozenset({"optimizer_holds_copies", "gradients_clipped"})
 SHOWN_LOG_LINES = 15
 
 
-def run_demo(fault: Fault | None, seed: int) -> bool:
+def run_demo(fault: Fault | None, seed: int, *, as_json: bool = False) -> bool:
     """Runs the drill and prints it; True if the audit named the fault, or was silent on none."""
+    if as_json:
+        with tempfile.TemporaryDirectory(prefix="trl_sync_demo_") as folder:
+            ranks = run_ranks(HEALTHY if fault is None else fault.name, seed, Path(folder))
+        content = as_data(fault, ranks)
+        print(json.dumps(content, indent=2))
+        return not content["mistakes"]
     text = "nothing: a healthy run" if fault is None else f"{fault.name}: {fault.description}"
     print(f"Planted  {text}.", flush=True)
     with tempfile.TemporaryDirectory(prefix="trl_sync_demo_") as folder:
@@ -52,6 +59,32 @@ def run_demo(fault: Fault | None, seed: int) -> bool:
         return False
     print(f"named right: {named(reporter, ranks)}")
     return True
+
+
+def as_data(fault: Fault | None, ranks: list[RankOutcome]) -> dict[str, Any]:
+    """What was planted, what each rank said, and what is wrong with it, for JSON."""
+    on, step, tensor = planted_on(ranks)
+    reporter = next((outcome for outcome in ranks if outcome.message), None)
+    if fault is not None:
+        wrong = mistakes(fault, ranks, reporter)
+    else:
+        alarms = [outcome for outcome in ranks if outcome.message or outcome.exit_code]
+        wrong = [f"rank {o.rank} was not silent, exit code {o.exit_code}" for o in alarms]
+    return {
+        "fault": HEALTHY if fault is None else fault.name,
+        "cause": None if fault is None else fault.cause,
+        "planted": {"ranks": sorted(on), "step": step, "tensor": tensor},
+        "ranks": [
+            {
+                "rank": outcome.rank,
+                "exit_code": outcome.exit_code,
+                "findings": outcome.findings,
+                "message": outcome.message,
+            }
+            for outcome in ranks
+        ],
+        "mistakes": wrong,
+    }
 
 
 def planted_on(ranks: list[RankOutcome]) -> tuple[set[int], int | None, str | None]:
@@ -175,7 +208,7 @@ def find_fault(name: str) -> Fault | None:
     raise ConfigError(f"no fault or cause is called {name!r}; {hint}See trl-sync demo --list.")
 
 
-def show_faults() -> None:
+def show_faults(*, as_json: bool = False) -> None:
     """A table of all faults."""
     from rich import box
     from rich.table import Table
@@ -183,6 +216,11 @@ def show_faults() -> None:
     from trl_sync.audit.faults import FAULTS
     from trl_sync.cli.console import make_console
 
+    if as_json:
+        names = ("name", "cause", "on", "seen_by", "description")
+        faults = [{name: str(getattr(f, name)) for name in names} for f in FAULTS.values()]
+        print(json.dumps(faults, indent=2))
+        return
     table = Table("fault", "cause", "ranks", "seen by", "description", box=box.SIMPLE)
     for fault in FAULTS.values():
         table.add_row(fault.name, fault.cause, fault.on, fault.seen_by, fault.description)

@@ -1,9 +1,11 @@
-"""`trl-sync report`: what the journal of an audited run says."""
+"""`trl-sync report`: what the journal of an audited run says, and the page of a run."""
 
 from __future__ import annotations
 
+import contextlib
 import json
-from collections.abc import Iterable, Mapping
+import sys
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,6 +17,8 @@ from rich.table import Table
 from trl_sync.audit.journal import JOURNAL_NAME, read_journal
 from trl_sync.cli.console import make_console
 from trl_sync.errors import ConfigError
+from trl_sync.report.output import PAGE_NAME, write_report
+from trl_sync.report.run_folder import Run, has_sources, read_runs
 
 Event = Mapping[str, Any]
 
@@ -41,39 +45,113 @@ class RunReport:
     repairs: list[Event] = field(default_factory=list)
 
 
-def show_report(path: Path, *, as_json: bool) -> bool:
-    """Prints the runs of a journal; True if one of them holds a desync.
+def show_report(
+    paths: Sequence[Path], *, as_json: bool, html: bool = True, output: Path | None = None
+) -> bool:
+    """Prints the runs of journals and writes the page of run folders; True if one holds a desync.
+
+    A run folder without journal has a page all the same. The page goes to `output`, or into the
+    first run folder; where that cannot be written to, this is said, and is no error.
 
     Raises:
-        ConfigError: there is no journal at `path`, or it cannot be read.
+        ConfigError: a path leads to nothing that can be read, or `output` cannot be written.
     """
-    journal = find_journal(path)
-    try:
+    folders = [path for path in paths if path.is_dir()] if html else []
+    if output is not None and not folders:
+        raise ConfigError(
+            "--output is for the page of run folders: pass the folder of a run, without --no-html."
+        )
+    # All is read before anything is printed: what cannot be read is told in one line.
+    journals = [_journal_of(path, has_page=path in folders) for path in paths]
+    pages = read_runs(folders)
+    reports = [_read_reports(journal) for journal in journals]
+    if as_json:
+        contents = [as_content(*pair) for pair in zip(journals, reports, strict=True)]
+        desynced = any(content["desynced"] for content in contents)
+        several = {"desynced": desynced, "reports": contents}
+        print(json.dumps(contents[0] if len(contents) == 1 else several, indent=2))
+    else:
+        for path, journal, runs in zip(paths, journals, reports, strict=True):
+            show_runs(path, journal, runs)
+    if pages:
+        write_page(pages, output, folders[0] / PAGE_NAME, quiet=as_json)
+    return any(run.desyncs for runs in reports for run in runs)
+
+
+def _journal_of(path: Path, *, has_page: bool) -> Path | None:
+    """The journal at `path`, or None for a run folder without one that has a page."""
+    if has_page and not (path / JOURNAL_NAME).is_file() and has_sources(path):
+        return None
+    return find_journal(path)
+
+
+def _read_reports(journal: Path | None) -> list[RunReport]:
+    if journal is None:
+        return []
+    with _read_as_written(journal):
         runs = summarize(read_journal(journal))
-        if not runs:
-            raise ConfigError(f"{journal} holds no events: the run ended before its first audit.")
-        show_runs(journal, runs, as_json=as_json)
-    except (KeyError, TypeError, AttributeError) as error:
+    if not runs:
+        raise ConfigError(f"{journal} holds no events: the run ended before its first audit.")
+    return runs
+
+
+@contextlib.contextmanager
+def _read_as_written(journal: Path) -> Iterator[None]:
+    """Names the journal where its lines are not what is expected of them."""
+    try:
+        yield
+    except ConfigError:
+        raise
+    except (KeyError, TypeError, AttributeError, ValueError, RecursionError) as error:
         raise ConfigError(
             f"{journal} is not as this version writes it ({type(error).__name__}: {error}). Read "
             "it with the version of trl_sync that wrote it; its first line names that."
         ) from error
-    return any(run.desyncs for run in runs)
 
 
-def show_runs(journal: Path, runs: list[RunReport], *, as_json: bool) -> None:
-    if as_json:
-        content = {
-            "journal": str(journal),
-            "desynced": any(run.desyncs for run in runs),
-            "runs": [asdict(run) for run in runs],
-        }
-        print(json.dumps(content, indent=2))
-        return
+def as_content(journal: Path | None, runs: list[RunReport]) -> dict[str, Any]:
+    return {
+        "journal": None if journal is None else str(journal),
+        "desynced": any(run.desyncs for run in runs),
+        "runs": [asdict(run) for run in runs],
+    }
+
+
+def show_runs(path: Path, journal: Path | None, runs: list[RunReport]) -> None:
     console = make_console()
-    console.print(f"{journal}: {count(len(runs), 'run')}", markup=False, soft_wrap=True)
-    for number, run in enumerate(runs, start=1):
-        print_run(console, number, run)
+    if journal is None:
+        text = f"{path}: no {JOURNAL_NAME}, so nothing is known of an audit"
+        console.print(text, markup=False, soft_wrap=True)
+        return
+    with _read_as_written(journal):
+        console.print(f"{journal}: {count(len(runs), 'run')}", markup=False, soft_wrap=True)
+        for number, run in enumerate(runs, start=1):
+            print_run(console, number, run)
+
+
+def write_page(runs: list[Run], output: Path | None, default: Path, *, quiet: bool) -> None:
+    """Writes the page and the plots and says where; if `quiet`, on the standard error.
+
+    Raises:
+        ConfigError: `output` was asked for, and cannot be written.
+    """
+    page = default if output is None else output
+    said = sys.stderr if quiet else sys.stdout
+    try:
+        written = write_report(runs, page)
+    except OSError as error:
+        reason = f"cannot write {page}: {error.strerror or error}"
+        if output is not None:
+            raise ConfigError(f"--output: {reason}.") from error
+        print(f"no page: {reason}. Name another place with --output", file=sys.stderr)
+        return
+    print(f"page     {written.page}", file=said)
+    if written.plots is None:
+        print("plots    none: they need matplotlib: pip install 'trl-sync[report]'", file=said)
+    elif not written.plots:
+        print("plots    none: the log holds nothing that is drawn", file=said)
+    else:
+        print(f"plots    {count(len(written.plots), 'PNG')} beside it", file=said)
 
 
 def find_journal(path: Path) -> Path:

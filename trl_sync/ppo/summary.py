@@ -20,8 +20,8 @@ def summarize(trainer: PPOTrainer, wall_s: float) -> dict[str, Any]:
 
     `wall_s` is the time of training. `reward_first` and `reward_last` are the means of the first
     and last tenth of the rollouts in the log, `reward_first_std` is the standard deviation of the
-    scores in the first tenth; they are None if the log holds no rollout. Memory is this process's
-    peak; sizes are in bytes.
+    scores in the first tenth; they are None if the log holds no rollout, and `kl_last` is with
+    `kl_coef=0`, where no KL is measured. Memory is this process's peak; sizes are in bytes.
     """
     rows = [row for row in trainer.state.log_history if "objective/scores" in row]
     tenth = max(1, len(rows) // 10)
@@ -108,7 +108,8 @@ def _bytes(tensor: Tensor) -> int:
 
 
 def _mean(rows: list[dict[str, float]], name: str) -> float | None:
-    return sum(row[name] for row in rows) / len(rows) if rows else None
+    values = [row[name] for row in rows if name in row]
+    return sum(values) / len(values) if values else None
 
 
 def _spread(rows: list[dict[str, float]]) -> float | None:

@@ -16,6 +16,7 @@ from transformers.trainer_callback import DefaultFlowCallback
 from trl_sync.backbone.roles import POLICY
 from trl_sync.errors import ConfigError
 from trl_sync.ppo.config import BatchPlan, PPOConfig
+from trl_sync.ppo.run_record import write_run_record
 
 # An update whose approximate KL is above this many times `target_kl` ends its iteration.
 KL_TOLERANCE = 1.5
@@ -110,6 +111,8 @@ class UpdateCallback(TrainerCallback):
         self._trainer._first_step = state.global_step
         self._trainer._keep_padding_token()
         state.episode = self._trainer.episodes
+        if state.is_world_process_zero:
+            write_run_record(self._trainer)
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if state.global_step < args.value_warmup_steps:
