@@ -36,6 +36,7 @@ _ABSENT: tuple[type[Exception], ...] = (
     *(EntryNotFoundError, LocalEntryNotFoundError),
     *(HFValidationError, RepositoryNotFoundError),
 )
+_LONGEST_NAME = 255
 # The arguments of from_pretrained that say where on the hub a file lies.
 _HUB_OPTIONS = ("token", "revision", "cache_dir", "local_files_only", "subfolder")
 
@@ -54,7 +55,7 @@ def read_value_head(source: str, hub_options: dict[str, Any]) -> dict[str, Tenso
     Names come without `v_head.`. Shards without a tensor of the value head are not read.
 
     Raises:
-        CheckpointError: two files hold value heads that differ.
+        CheckpointError: two files hold value heads that differ, or one cannot be read.
     """
     own = find_file(source, OWN_FILE, hub_options)
     if own is None:
@@ -77,7 +78,7 @@ def read_score_head(adapter: str, hub_options: dict[str, Any]) -> dict[str, Tens
     """The `score` tensors of a reward adapter, as a state of `nn.Linear`.
 
     Raises:
-        ConfigError: there is no adapter, or it has no score head.
+        ConfigError: there is no adapter, it cannot be read, or it has no score head.
     """
     files = (find_file(adapter, name, hub_options) for name in _ADAPTER_FILES)
     file = next((file for file in files if file is not None), None)
@@ -129,10 +130,33 @@ def _whole_or_shards(source: str, name: str, hub_options: dict[str, Any]) -> lis
     index = find_file(source, f"{name}.index.json", hub_options)
     if index is None:
         return []
-    weight_map = json.loads(index.read_text())["weight_map"]
-    shards = sorted({file for tensor, file in weight_map.items() if PREFIX in tensor})
+    shards = sorted({file for tensor, file in _weight_map(index).items() if PREFIX in tensor})
     files = [find_file(source, shard, hub_options) for shard in shards]
     return [file for file in files if file is not None]
+
+
+def _weight_map(index: Path) -> dict[str, str]:
+    """Tensor -> file beside the index."""
+    try:
+        content = json.loads(index.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise CheckpointError(_unreadable(index, error)) from error
+    shards = content.get("weight_map") if isinstance(content, dict) else None
+    if not isinstance(shards, dict):
+        raise CheckpointError(_unreadable(index, "it has no weight_map from tensors to files"))
+    for file in shards.values():
+        plain = isinstance(file, str) and Path(file).name == file and "\\" not in file
+        if not plain or len(file) > _LONGEST_NAME:
+            text = f"its weight_map names {file!r:.80}, expected a file beside it"
+            raise CheckpointError(_unreadable(index, text))
+    return shards
+
+
+def _unreadable(file: Path, reason: object) -> str:
+    return (
+        f"{file} cannot be read: {str(reason)[:300]}. Copy the file again from where it was "
+        "saved, or take an earlier checkpoint."
+    )
 
 
 def _value_head(files: list[Path]) -> dict[str, Tensor]:
@@ -144,6 +168,16 @@ def _value_head(files: list[Path]) -> dict[str, Tensor]:
 
 
 def _tensors(file: Path, wanted: Callable[[str], bool]) -> dict[str, Tensor]:
+    try:
+        return _read(file, wanted)
+    except Exception as error:  # each kind of damage has its own, of torch, pickle or safetensors
+        # Of torch.load the first sentence only: others advise to read it with pickle, which may run
+        # programs.
+        reason = f"{type(error).__name__}: {str(error).partition('. ')[0]}"
+        raise CheckpointError(_unreadable(file, reason)) from error
+
+
+def _read(file: Path, wanted: Callable[[str], bool]) -> dict[str, Tensor]:
     if file.suffix == ".safetensors":
         with safe_open(file, framework="pt") as opened:
             names: Iterable[str] = opened.keys()
@@ -151,7 +185,13 @@ def _tensors(file: Path, wanted: Callable[[str], bool]) -> dict[str, Tensor]:
     # Only the zip format can be mapped into memory instead of read as a whole.
     mapped = zipfile.is_zipfile(file)
     state = torch.load(file, map_location="cpu", weights_only=True, mmap=mapped)
-    return {name: tensor for name, tensor in state.items() if wanted(name)}
+    if not isinstance(state, dict) or not all(isinstance(name, str) for name in state):
+        raise TypeError("it holds no state of a model, names and their tensors")
+    found = {name: tensor for name, tensor in state.items() if wanted(name)}
+    for name, tensor in found.items():
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"{name} is a {type(tensor).__name__}, expected a tensor")
+    return found
 
 
 def _equal(first: dict[str, Tensor], second: dict[str, Tensor]) -> bool:

@@ -68,11 +68,16 @@ def read_journal(path: Path) -> Iterator[dict[str, Any]]:
     for number, line in enumerate(lines, start=1):
         try:
             event = json.loads(line)
+            if "\\ud" in line:  # perhaps half a character, which no terminal shows
+                whole = json.dumps(event, ensure_ascii=False).encode(errors="replace")
+                event = json.loads(whole)
         except json.JSONDecodeError as error:
             if number == len(lines):
                 return
             raise ConfigError(f"{path}, line {number}: not JSON ({error.msg}).") from error
-        if not isinstance(event, dict) or "event" not in event:
+        except (ValueError, RecursionError) as error:  # thousands of digits, or of brackets
+            raise ConfigError(f"{path}, line {number}: cannot be read ({error}).") from error
+        if not isinstance(event, dict) or not isinstance(event.get("event"), str):
             raise ConfigError(f"{path}, line {number}: not an event of a synchronization audit.")
         yield event
 

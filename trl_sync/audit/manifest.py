@@ -149,7 +149,7 @@ def read_manifest(folder: Path) -> Manifest:
             f"{file} does not exist: the checkpoint was saved without the audit, or the process "
             "ended before the save was complete."
         ) from error
-    except (OSError, FormatError) as error:
+    except (OSError, FormatError, RecursionError) as error:
         raise CheckpointError(
             f"{file} cannot be used: {error}. Without it the checkpoint cannot be verified; take "
             "an earlier checkpoint or a copy of this one."

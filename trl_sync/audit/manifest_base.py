@@ -108,7 +108,7 @@ def _difference(name: str, record: TensorRecord, stored: str, file: Path) -> Pro
     try:
         with safe_open(file, framework="pt") as tensors:
             tensor = tensors.get_tensor(stored)
-    except (OSError, SafetensorError) as error:
+    except (OSError, ValueError, SafetensorError) as error:
         return Problem(kind="unreadable", place=SCOPE, name=name, detail=f"{file}: {error}")
     if tuple(tensor.shape) != record.shape:
         detail = f"{tuple(tensor.shape)} in {file.name}, {record.shape} when saved"
@@ -117,7 +117,11 @@ def _difference(name: str, record: TensorRecord, stored: str, file: Path) -> Pro
     if not isinstance(dtype, torch.dtype):
         detail = f"{record.dtype} when saved, which this torch does not have"
         return Problem(kind="dtype", place=SCOPE, name=name, detail=detail)
-    found = xxh3(tensor.to(dtype)).hex()
+    try:
+        found = xxh3(tensor.to(dtype)).hex()
+    except (RuntimeError, TypeError) as error:
+        detail = f"{record.dtype} when saved, which {tensor.dtype} cannot be cast to: {error}"
+        return Problem(kind="dtype", place=SCOPE, name=name, detail=detail)
     if found == record.xxh3_128:
         return None
     detail = f"{file.name} has checksum {found}, {record.xxh3_128} when saved"

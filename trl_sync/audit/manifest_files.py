@@ -78,7 +78,7 @@ def _file_problems(folder: Path, path: str, record: FileRecord) -> list[Problem]
             return _safetensors_problems(stream, path, record)
     except FileNotFoundError:
         return [_problem("missing", path, None, f"{record.size_bytes} bytes were written")]
-    except OSError as error:
+    except (OSError, ValueError) as error:  # a ValueError: no file can have this name
         return [_problem("unreadable", path, None, str(error))]
 
 

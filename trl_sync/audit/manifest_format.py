@@ -163,11 +163,11 @@ def _scopes(content: Mapping[str, Any], key: str) -> dict[str, dict[str, TensorR
 def _tensor(record: Any, where: str) -> TensorRecord:
     shape = _field(record, "shape", list, where)
     if not all(type(size) is int and size >= 0 for size in shape):
-        raise FormatError(f"{where}.shape is {shape!r}, expected a list of sizes")
+        raise FormatError(f"{where}.shape is {shape!r:.80}, expected a list of sizes")
     parts = _field(record, "parts", dict, where) if "parts" in record else {}
     for span in parts:
-        if not re.fullmatch(r"\d+:\d+", span):
-            raise FormatError(f"{where}.parts holds {span!r}, expected bytes as 'start:stop'")
+        if not re.fullmatch("[0-9]{1,19}:[0-9]{1,19}", span):
+            raise FormatError(f"{where}.parts holds {span!r:.80}, expected bytes as 'start:stop'")
     return TensorRecord(
         xxh3_128=_checksum(record, "xxh3_128", where),
         dtype=_field(record, "dtype", str, where),
@@ -180,7 +180,7 @@ def _files(content: dict[str, Any]) -> dict[str, FileRecord]:
     files = {}
     for path, record in content.items():
         if not is_inside(path):
-            raise FormatError(f"files holds {path!r}, expected a path that stays in the folder")
+            raise FormatError(f"files holds {path!r:.80}, expected a path that stays in the folder")
         where = f"files.{path}"
         tensors = None
         if isinstance(record, dict) and "tensors" in record:

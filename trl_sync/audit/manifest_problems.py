@@ -43,7 +43,7 @@ class Problem:
 
     def __str__(self) -> str:
         where = self.place if self.name is None else f"{self.place}: {self.name}"
-        return f"{where}: {self.kind}, {self.detail}"
+        return _on_one_line(f"{where}: {self.kind}, {self.detail}")
 
 
 def describe(problems: Sequence[Problem]) -> str:
@@ -53,5 +53,10 @@ def describe(problems: Sequence[Problem]) -> str:
     noun = "problem" if len(problems) == 1 else "problems"
     lines = [f"{len(problems)} {noun}:"] + [f"- {p}" for p in problems[:SHOWN_IN_FULL]]
     rest = Counter((p.place, p.kind) for p in problems[SHOWN_IN_FULL:])
-    lines += [f"- {place}: {count} more {kind}" for (place, kind), count in rest.items()]
-    return "\n".join(lines)
+    more = [f"- {place}: {count} more {kind}" for (place, kind), count in rest.items()]
+    return "\n".join(lines + [_on_one_line(line) for line in more])
+
+
+def _on_one_line(text: str) -> str:
+    """`text` with line ends and control characters spelled out: names come from files."""
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)

@@ -9,7 +9,6 @@ import torch
 from accelerate import PartialState
 from peft import LoraConfig, PeftConfig, PeftModel, set_peft_model_state_dict
 from safetensors import safe_open
-from safetensors.torch import load_file
 from torch import Tensor
 from transformers import (
     AutoConfig,
@@ -20,10 +19,14 @@ from transformers import (
 )
 
 from trl_sync.backbone.adapter_files import (
+    adapter_config,
     adapter_folder,
+    applying,
     is_adapter,
     local_folder,
     lora_config,
+    read_tensors,
+    reading,
     reward_lora_config,
     score_tensors,
 )
@@ -114,13 +117,13 @@ def load_shared_backbone(
                 "no peft_config, or merge the adapter into its base first."
             )
         config = lora_config(folder)
-        base = load_base(
-            config.base_model_name_or_path, quantization_config=quantization_config, **options
-        )
-        backbone = SharedBackbone(
-            base, config, value_peft_config=_value_lora(value_init_path), reference_adapter=True
-        )
-        tensors = load_file(folder / ADAPTER_WEIGHTS)
+        tensors = read_tensors(folder / ADAPTER_WEIGHTS)
+        base = _load_base_of(folder, config, quantization_config=quantization_config, **options)
+        value_config = _value_lora(value_init_path)
+        with applying(folder):
+            backbone = SharedBackbone(
+                base, config, value_peft_config=value_config, reference_adapter=True
+            )
         for role in (POLICY, REFERENCE):
             _load_lora(backbone, role, tensors)
         if value_init_path is None or adapter_folder(value_init_path) is None:
@@ -158,18 +161,20 @@ def load_reward_model(
     else:
         heads = [t for name, t in score_tensors(folder).items() if name.endswith("weight")]
         if heads:
-            _check_one_label(model_name_or_path, heads[0].shape[0])
-        config = PeftConfig.from_pretrained(str(folder))
+            _check_one_label(model_name_or_path, (*heads[0].shape, 0)[0])
+        config = adapter_config(folder)
         if not _has_whole_modules(folder):
             # Then the head is the base's own, if it has one.
-            _check_score_head(config.base_model_name_or_path)
-        base = load_base(
-            config.base_model_name_or_path,
+            _check_score_head(_base_name(folder, config))
+        base = _load_base_of(
+            folder,
+            config,
             quantization_config=quantization_config,
             auto_class=AutoModelForSequenceClassification,
             **options,
         )
-        model = PeftModel.from_pretrained(base, str(folder))
+        with applying(folder):
+            model = PeftModel.from_pretrained(base, str(folder))
     return freeze(model)
 
 
@@ -189,13 +194,18 @@ def initialise_value(backbone: SharedBackbone, reward_model_path: str) -> None:
             f"The score head of {reward_model_path} has shape {found}, but this base needs "
             f"{expected} for its value head: use a reward model with one label on the same base."
         )
+    bias = next((t for name, t in tensors.items() if name.endswith("bias")), None)
+    if bias is not None and tuple(bias.shape) != (1,):
+        raise ConfigError(
+            f"The score head of {reward_model_path} has a bias of shape {tuple(bias.shape)}, "
+            "expected (1,): use a reward model with one label."
+        )
     with torch.no_grad():
         backbone.value_head.weight.copy_(weight)
-        bias = next((t for name, t in tensors.items() if name.endswith("bias")), None)
         if bias is not None:
             backbone.value_head.bias.copy_(bias)
     if folder is not None:
-        adapter = load_file(folder / ADAPTER_WEIGHTS)
+        adapter = read_tensors(folder / ADAPTER_WEIGHTS)
         _load_lora(backbone, VALUE, {n: t for n, t in adapter.items() if "lora_" in n})
 
 
@@ -223,8 +233,32 @@ def _has_whole_modules(folder: Path) -> bool:
     """Whether an adapter holds modules that were trained whole, as a score head is."""
     if not (folder / ADAPTER_WEIGHTS).is_file():
         return True
-    with safe_open(folder / ADAPTER_WEIGHTS, framework="pt") as tensors:
+    file = folder / ADAPTER_WEIGHTS
+    with reading(file), safe_open(file, framework="pt") as tensors:
         return any("lora_" not in name for name in tensors.keys())  # noqa: SIM118 - no dict
+
+
+def _base_name(folder: Path, config: PeftConfig) -> str:
+    name = config.base_model_name_or_path
+    if not isinstance(name, str) or not name:
+        raise ConfigError(
+            f"The adapter in {folder} does not say which base it belongs to: its "
+            f"base_model_name_or_path is {str(name)[:80]!r}, expected a folder or a hub name."
+        )
+    return name
+
+
+def _load_base_of(folder: Path, config: PeftConfig, **options: Any) -> PreTrainedModel:
+    name = _base_name(folder, config)
+    try:
+        return load_base(name, **options)
+    except ConfigError:
+        raise
+    except (OSError, ValueError) as error:
+        raise ConfigError(
+            f"The adapter in {folder} belongs to the base {name[:200]!r}, which cannot be loaded: "
+            f"{str(error)[:300]}. Set base_model_name_or_path in its adapter_config.json."
+        ) from error
 
 
 def _check_score_head(path: str) -> None:

@@ -20,6 +20,11 @@ from trl_sync.errors import CheckpointError
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 TRAINED_WEIGHTS = "trained_parameters.safetensors"
 MODULE_WEIGHTS = "module.safetensors"
+# Of the weights, and of the settings beside them, which transformers reads.
+_READING_ERRORS = (
+    *(OSError, SafetensorError, ValueError, TypeError),
+    *(LookupError, AttributeError, RuntimeError),
+)
 
 
 def save_weights(model: Any, folder: Path, state: dict[str, Tensor] | None = None) -> list[str]:
@@ -64,14 +69,26 @@ def load_weights(model: Any, folder: Path) -> None:
             _copy(_trained(model), load_file(folder / TRAINED_WEIGHTS), folder)
         elif isinstance(model, PreTrainedModel):
             # transformers may store weights under other names than the module has; reading them
-            # with it, in fp32, is exact for every dtype.
-            saved = type(model).from_pretrained(str(folder), dtype=torch.float32)
+            # with it, in fp32, is exact for every dtype. Sizes are those of the model here: a file
+            # may ask for any.
+            with loadable_padding(model):
+                saved, found = type(model).from_pretrained(
+                    str(folder),
+                    config=model.config,
+                    dtype=torch.float32,
+                    ignore_mismatched_sizes=True,
+                    output_loading_info=True,
+                )
+            # These were drawn anew.
+            _refuse({*found["missing_keys"], *(key[0] for key in found["mismatched_keys"])}, folder)
             _copy(model.state_dict(), saved.state_dict(), folder)
         elif any(isinstance(parameter, DTensor) for parameter in model.parameters()):
             _copy(model.state_dict(), load_file(folder / MODULE_WEIGHTS), folder)
         else:
             load_model(model, str(folder / MODULE_WEIGHTS))
-    except (OSError, SafetensorError) as error:
+    except (CheckpointError, torch.OutOfMemoryError):
+        raise
+    except _READING_ERRORS as error:
         raise CheckpointError(f"{folder} cannot be read: {error}") from error
 
 
@@ -150,13 +167,17 @@ def _copy(own: dict[str, Tensor], found: dict[str, Tensor], folder: Path) -> Non
 
 
 def _check_shapes(own: dict[str, Tensor], found: dict[str, Tensor], place: Path) -> None:
-    different = sorted(
+    different = {
         name
         for name in own.keys() | found.keys()
         if name not in own or name not in found or own[name].shape != found[name].shape
-    )
+    }
+    _refuse(different, place)
+
+
+def _refuse(different: set[str], place: Path) -> None:
     if different:
         raise CheckpointError(
             f"{place} does not fit this model: {len(different)} tensors differ, for example "
-            f"{different[0]}. Was another model, or were other LoRA options, used?"
+            f"{min(different)}. Was another model, or were other LoRA options, used?"
         )

@@ -6,10 +6,15 @@ from pathlib import Path
 
 import torch
 from peft import PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from trl_sync.backbone.adapter_files import adapter_folder, reward_lora_config, score_tensors
+from trl_sync.backbone.adapter_files import (
+    adapter_folder,
+    applying,
+    read_tensors,
+    reward_lora_config,
+    score_tensors,
+)
 from trl_sync.backbone.model_files import ADAPTER_WEIGHTS
 from trl_sync.backbone.roles import REWARD, freeze
 from trl_sync.backbone.routing import AdapterRouter, check_lora_config
@@ -33,13 +38,15 @@ def add_reward_lora(peft_model: PeftModel, router: AdapterRouter, path: str) -> 
     head = _score_head(folder, peft_model)
     config = reward_lora_config(folder)
     check_lora_config(config)
-    tensors = {n: t for n, t in load_file(folder / ADAPTER_WEIGHTS).items() if "lora_" in n}
-    peft_model.add_adapter(REWARD, config)
+    tensors = {n: t for n, t in read_tensors(folder / ADAPTER_WEIGHTS).items() if "lora_" in n}
     try:
+        with applying(folder):
+            peft_model.add_adapter(REWARD, config)
         router.watch_layers(peft_model)
         _check_tensors(path, tensors, _own_tensors(peft_model))
     except ConfigError:
-        peft_model.delete_adapter(REWARD)
+        if REWARD in peft_model.peft_config:
+            peft_model.delete_adapter(REWARD)
         router.watch_layers(peft_model)
         raise
     set_peft_model_state_dict(peft_model, tensors, adapter_name=REWARD)
@@ -47,16 +54,21 @@ def add_reward_lora(peft_model: PeftModel, router: AdapterRouter, path: str) -> 
 
 
 def can_share_a_base(path: str) -> bool:
-    """Whether the adapter at `path` has options that the routing supports, and a score head."""
+    """Whether the adapter at `path` has options that the routing supports, and a score head.
+
+    Raises:
+        ConfigError: its files cannot be read.
+    """
     folder = adapter_folder(path)
     if folder is None:
         return False
+    config = reward_lora_config(folder)
     try:
-        check_lora_config(reward_lora_config(folder))
+        check_lora_config(config)
     except ConfigError:
         return False
     weights = [t for name, t in score_tensors(folder).items() if name.endswith("weight")]
-    return len(weights) == 1 and weights[0].shape[0] == 1
+    return len(weights) == 1 and tuple(weights[0].shape[:1]) == (1,)
 
 
 def _score_head(folder: Path, peft_model: PeftModel) -> nn.Module:
@@ -72,6 +84,11 @@ def _score_head(folder: Path, peft_model: PeftModel) -> nn.Module:
             "use a reward adapter with one label on the same base. TRL's RewardTrainer saves one."
         )
     bias = next((t for name, t in tensors.items() if name.endswith("bias")), None)
+    if bias is not None and tuple(bias.shape) != (1,):
+        raise ConfigError(
+            f"The score head in {folder} has a bias of shape {tuple(bias.shape)}, expected (1,): "
+            "use a reward adapter with one label."
+        )
     head = nn.Linear(expected[1], 1, bias=bias is not None, device=embeddings.device)
     with torch.no_grad():
         head.weight.copy_(weight)

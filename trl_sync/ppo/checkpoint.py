@@ -24,6 +24,7 @@ from typing import Any
 import numpy as np
 import torch
 from safetensors import SafetensorError
+from torch.distributed.tensor import DTensor
 from transformers import set_seed
 from transformers.trainer import TRAINER_STATE_NAME, TRAINING_ARGS_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, IntervalStrategy, SaveStrategy
@@ -37,6 +38,7 @@ from trl_sync.ppo.config import BatchPlan, PPOConfig
 from trl_sync.ppo.engine_state import EngineStateMixin
 from trl_sync.ppo.resume_checks import (
     STATE_FILE,
+    check_readable,
     check_same_run,
     check_whole,
     last_whole_checkpoint,
@@ -79,7 +81,8 @@ class CheckpointMixin(EngineStateMixin):
         self._deferred_save = self._deferred_evaluation = self._deferred_stop = False
         if resume_from_checkpoint:
             resume_from_checkpoint = self._checkpoint_to_resume(resume_from_checkpoint)
-            self._load_own_state(Path(resume_from_checkpoint))
+            folder = Path(resume_from_checkpoint)
+            self._on_all(lambda: self._load_own_state(folder))
         return super().train(resume_from_checkpoint=resume_from_checkpoint or None, **kwargs)
 
     def _checkpoint_to_resume(self, path: str | bool) -> str:
@@ -229,12 +232,28 @@ class CheckpointMixin(EngineStateMixin):
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         load_models(self.backbone, Path(resume_from_checkpoint))
+        self._on_all(lambda: self._check_finite(resume_from_checkpoint))
+
+    def _check_finite(self, folder: str) -> None:
+        for name, parameter in self.backbone.named_parameters():
+            own = parameter.to_local() if isinstance(parameter, DTensor) else parameter
+            if parameter.requires_grad and not bool(own.detach().isfinite().all()):
+                raise CheckpointError(
+                    f"{folder} holds NaN or infinity in {name}: nothing can be generated with it. "
+                    "Resume from an earlier checkpoint."
+                )
 
     def _load_own_state(self, folder: Path) -> None:
         saved = read_json(folder / STATE_FILE).get("state", {})
         for name, part in self._stateful().items():
             # What was not in use then begins anew.
-            part.load_state_dict(saved.get(name, {}))
+            try:
+                part.load_state_dict(saved.get(name, {}))
+            except (KeyError, TypeError, ValueError) as error:
+                raise CheckpointError(
+                    f"{folder / STATE_FILE} holds no {name} that can be continued "
+                    f"({type(error).__name__}: {error}). Resume from an earlier checkpoint."
+                ) from error
 
     def _load_best_model(self) -> None:
         if self.engine.is_deepspeed:
@@ -289,6 +308,8 @@ class CheckpointMixin(EngineStateMixin):
 
     def _check_checkpoint(self, folder: Path) -> None:
         check_whole(folder, self.plan.updates_per_iteration)
+        rng_names = rng_files(self.plan.world_size)
+        check_readable(folder, rng_names[self.args.process_index])
         saved, own = read_json(folder / STATE_FILE), self._identity()
         check_same_run(folder, saved, own, self.args.per_device_train_batch_size)
         self._check_world_size(saved.get("world_size", own["world_size"]), own["world_size"])

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import xxhash
@@ -19,6 +19,11 @@ from trl_sync.ppo.messages import render
 DataCollator = Callable[[list[dict[str, list[int]]]], Mapping[str, Any]]
 
 _TOKENS = "trl_sync_prompt_token_ids"
+# What templates raise of rows that do not fit; RecursionError of JSON in `tools`.
+_TEMPLATE_ERRORS = (
+    *(ValueError, TypeError, KeyError, AttributeError),
+    *(RecursionError, TemplateError),
+)
 # A collator pads these to the longest of them; what it returns does not depend on the number.
 _COLLATED_TOGETHER = 64
 
@@ -176,7 +181,7 @@ def _render(
             own_arguments=row.get("chat_template_kwargs"),
             arguments=template_kwargs,
         )
-    except (ValueError, TypeError, KeyError, AttributeError, TemplateError) as error:
+    except _TEMPLATE_ERRORS as error:
         raise ConfigError(
             f"Prompt {index}, {str(row['prompt'])[:60]!r}, cannot be put into the chat template: "
             f"{type(error).__name__}: {error}. Expected messages with `role` and `content`, the "
@@ -191,6 +196,8 @@ def _without_padding(index: int, ids: list[Any], mask: Any) -> list[Any]:
     """The token ids where `mask` is 1; all of them without a mask."""
     if mask is None:
         return ids
+    if not isinstance(mask, Iterable):
+        mask = [mask]
     as_text = "".join("1" if m == 1 else "0" if m == 0 else "?" for m in mask)
     if len(as_text) != len(ids) or "?" in as_text or "0" in as_text.strip("0"):
         raise ConfigError(
