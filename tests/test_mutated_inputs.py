@@ -22,6 +22,12 @@ import huggingface_hub.constants
 import pytest
 import torch
 from datasets import Dataset
+from peft import LoraConfig, get_peft_model
+from safetensors.torch import save_file
+from transformers import AutoModelForSequenceClassification, TrainerCallback
+
+import inputs
+import tiny
 from mutated_files import (
     BYTES,
     JSON,
@@ -30,12 +36,6 @@ from mutated_files import (
     tree,
     write_mutated,
 )
-from peft import LoraConfig, get_peft_model
-from safetensors.torch import save_file
-from transformers import AutoModelForSequenceClassification, TrainerCallback
-
-import inputs
-import tiny
 from trl_sync import PPOTrainer, SyncAuditCallback
 from trl_sync.audit.manifest import MANIFEST_NAME, write_manifest
 from trl_sync.audit.manifest_format import own_checksum

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from run_folders import journal_lines
 
+from run_folders import journal_lines
 from trl_sync.cli import main
 from trl_sync.cli import report as command
 

@@ -8,9 +8,9 @@ from typing import Any
 
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from report_pages import Page, needs_nothing_else
 from run_folders import FILES, RECORD, finding, journal_lines, log_row, write_run
-
 from trl_sync.errors import ConfigError
 from trl_sync.report.curves import make_charts
 from trl_sync.report.page import build_page

@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
 from report_pages import Page, needs_nothing_else
 from run_folders import COMPLETIONS, RECORD, journal_lines, log_row
-
 from trl_sync.errors import ConfigError
 from trl_sync.report import read_runs, write_completions, write_report
 
