@@ -64,6 +64,8 @@ def test_expected_edits_follow_a_verdict_that_comes_late(
         auditor, "_warn_of_edits", lambda snapshot, history: edited.append(bool(history.edited))
     )
     with auditor.attach():
+        # As if there were other ranks: on one, edits are told to nobody and not looked for.
+        monkeypatch.setattr(auditor._snapshotter, "_alone", False)
         for number in range(4):
             model(torch.ones(1, 2)).sum().backward()
             optimizer.step()

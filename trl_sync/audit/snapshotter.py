@@ -87,7 +87,7 @@ class Snapshotter:
         self._roles.close()
         self.inventory.close()
 
-    def before_update(self, *, updated_since: bool) -> None:
+    def before_update(self, *, updated_since: bool = False) -> None:
         """Gradients as they will be used, and the parameters they will be applied to.
 
         `updated_since`: there was an update after the last snapshot.
