@@ -218,5 +218,6 @@ def main() -> None:
 def _fail(message: str) -> int:
     # Without a command typer has shown the help already, and says nothing more.
     if message:
-        print(f"error: {message}", file=sys.stderr)
+        # One line, whatever a file's name or a library's message holds.
+        print(f"error: {' '.join(message.splitlines())}", file=sys.stderr)
     return 2

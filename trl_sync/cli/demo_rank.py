@@ -180,7 +180,7 @@ def load(job: DrillJob, checkpoint: Path) -> None:
 
     if (checkpoint / WEIGHTS).exists():
         job.unwrapped_model.load_state_dict(load_file(checkpoint / WEIGHTS), strict=False)
-    job.optimizer.load_state_dict(torch.load(checkpoint / OPTIMIZER))
+    job.optimizer.load_state_dict(torch.load(checkpoint / OPTIMIZER, weights_only=True))
 
 
 if __name__ == "__main__":
