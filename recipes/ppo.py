@@ -19,11 +19,10 @@ from __future__ import annotations
 from typing import Any
 
 import ppo_run
-from transformers import AutoTokenizer, set_seed
 from trl import ModelConfig
 
 from embedded_default import embedded_default, judge
-from inputs import ScriptArguments, load_policy, load_prompts, load_reward
+from inputs import ScriptArguments, load_prompts, load_reward
 from trl_sync import PPOConfig, PPOTrainer, SyncAuditCallback
 from trl_sync.ppo.progress import print_completions
 
@@ -52,18 +51,8 @@ def make_trainer(
     embedded = embedded_default() if model_args.model_name_or_path is None else None
     model_path = model_args.model_name_or_path or str(embedded.model_path)
     train, test = load_prompts(script, config, embedded)
-    set_seed(config.seed)  # the adapters are drawn before the trainer is made
-    trainer = PPOTrainer(
-        config,
-        AutoTokenizer.from_pretrained(
-            model_path, revision=model_args.model_revision, padding_side="left"
-        ),
-        load_policy(model_path, script, model_args),
-        reward_model=load_reward(script, config, embedded),
-        train_dataset=train,
-        eval_dataset=test,
-    )
-    return trainer, ppo_run.add_audit(trainer, script)
+    reward = load_reward(script, config, embedded)
+    return ppo_run.make_trainer((script, config, model_args), model_path, reward, train, test)
 
 
 def compare(before: dict[str, Any], after: dict[str, Any], *, judged: bool) -> dict[str, float]:

@@ -27,12 +27,11 @@ from typing import Any
 import ppo_run
 from datasets import Dataset
 from lessons import taught_policy
-from transformers import AutoTokenizer, set_seed
 from trl import ModelConfig
 
 from embedded_default import embedded_default
-from inputs import ScriptArguments, load_policy, load_prompts
-from trl_sync import PPOConfig, PPOTrainer
+from inputs import ScriptArguments, load_prompts
+from trl_sync import PPOConfig
 
 EMBEDDED_SETTINGS = ppo_run.EMBEDDED_SETTINGS | {
     "output_dir": "runs/ppo-math",
@@ -62,18 +61,7 @@ def run(script: ScriptArguments, config: PPOConfig, model_args: ModelConfig) -> 
     else:
         path = model_args.model_name_or_path
         train, test = (as_problems(split) for split in load_prompts(script, config, None))
-    set_seed(config.seed)  # the adapters are drawn before the trainer is made
-    trainer = PPOTrainer(
-        config,
-        AutoTokenizer.from_pretrained(
-            path, revision=model_args.model_revision, padding_side="left"
-        ),
-        load_policy(path, script, model_args),
-        reward_model=is_right,
-        train_dataset=train,
-        eval_dataset=test,
-    )
-    audit = ppo_run.add_audit(trainer, script)
+    trainer, audit = ppo_run.make_trainer((script, config, model_args), path, is_right, train, test)
     summary, before, after = ppo_run.train(trainer, audit)
     summary |= {"accuracy_before": mean(before["score"]), "accuracy_after": mean(after["score"])}
     if trainer.is_world_process_zero():

@@ -27,13 +27,12 @@ from typing import Any
 import ppo_run
 from lessons import taught_reward
 from peft import LoraConfig
-from transformers import AutoTokenizer, set_seed
 from trl import ModelConfig
 
 from embedded_default import embedded_default
 from embedded_default.corpus import draw_corpus
-from inputs import ScriptArguments, load_function, load_policy, load_prompts
-from trl_sync import ConfigError, PPOConfig, PPOTrainer
+from inputs import ScriptArguments, load_function, load_prompts
+from trl_sync import ConfigError, PPOConfig
 
 EMBEDDED_SETTINGS = ppo_run.EMBEDDED_SETTINGS | {
     "output_dir": "runs/ppo-multi-reward",
@@ -54,18 +53,9 @@ def run(script: ScriptArguments, config: PPOConfig, model_args: ModelConfig) -> 
     train, test = load_prompts(script, config, task)
     adapter = reward_adapter(path, config, embedded=task is not None)
     length = load_function(script.reward_function) if script.reward_function else close_to_length
-    set_seed(config.seed)  # the adapters are drawn before the trainer is made
-    trainer = PPOTrainer(
-        config,
-        AutoTokenizer.from_pretrained(
-            path, revision=model_args.model_revision, padding_side="left"
-        ),
-        load_policy(path, script, model_args),
-        reward_model=[adapter, length],
-        train_dataset=train,
-        eval_dataset=test,
+    trainer, audit = ppo_run.make_trainer(
+        (script, config, model_args), path, [adapter, length], train, test
     )
-    audit = ppo_run.add_audit(trainer, script)
     summary, before, after = ppo_run.train(trainer, audit)
     summary |= {"words_before": mean_words(before), "words_after": mean_words(after)}
     if trainer.is_world_process_zero():

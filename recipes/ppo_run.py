@@ -10,10 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from datasets import Dataset
 from torch.nn import Module
+from transformers import AutoTokenizer, set_seed
 from trl import ModelConfig, TrlParser
 
-from inputs import ScriptArguments, make_parser, resume_choice
+from inputs import ScriptArguments, load_policy, make_parser, resume_choice
 from trl_sync import ConfigError, DesyncError, PPOConfig, PPOTrainer, SyncAuditCallback
 from trl_sync.ppo.summary import summarize
 from trl_sync.report import plot_learning_curve, write_completions
@@ -45,6 +47,25 @@ def parse_arguments(description: str, settings: dict[str, Any] = EMBEDDED_SETTIN
     if model_args.model_name_or_path is None:
         parser.set_defaults_with_config(**settings)
     return parser.parse_args_and_config()
+
+
+def make_trainer(
+    arguments: Arguments, path: str, reward: Any, train: Dataset, test: Dataset
+) -> tuple[PPOTrainer, SyncAuditCallback | None]:
+    """PPO from the model at `path`, and its audit unless --no_audit."""
+    script, config, model_args = arguments
+    set_seed(config.seed)  # the adapters are drawn before the trainer is made
+    trainer = PPOTrainer(
+        config,
+        AutoTokenizer.from_pretrained(
+            path, revision=model_args.model_revision, padding_side="left"
+        ),
+        load_policy(path, script, model_args),
+        reward_model=reward,
+        train_dataset=train,
+        eval_dataset=test,
+    )
+    return trainer, add_audit(trainer, script)
 
 
 def add_audit(trainer: PPOTrainer, script: ScriptArguments) -> SyncAuditCallback | None:

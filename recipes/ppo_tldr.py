@@ -25,13 +25,12 @@ from random import Random
 import ppo_run
 from datasets import Dataset
 from lessons import taught_policy, taught_reward
-from transformers import AutoTokenizer, set_seed
 from trl import ModelConfig
 
 from embedded_default import REVIEWS, embedded_default, judge
 from embedded_default.grammar import STANCES, draw_completion, prompts
-from inputs import ScriptArguments, load_policy, load_prompts, load_reward
-from trl_sync import ConfigError, PPOConfig, PPOTrainer
+from inputs import ScriptArguments, load_prompts, load_reward
+from trl_sync import ConfigError, PPOConfig
 
 EMBEDDED_SETTINGS = ppo_run.EMBEDDED_SETTINGS | {
     "output_dir": "runs/ppo-tldr",
@@ -62,18 +61,7 @@ def run(script: ScriptArguments, config: PPOConfig, model_args: ModelConfig) -> 
         if reward is None:
             raise ConfigError("No reward: give --reward_model_path, or train one first.")
         train, test = load_prompts(script, config, None)
-    set_seed(config.seed)  # the adapters are drawn before the trainer is made
-    trainer = PPOTrainer(
-        config,
-        AutoTokenizer.from_pretrained(
-            path, revision=model_args.model_revision, padding_side="left"
-        ),
-        load_policy(path, script, model_args),
-        reward_model=reward,
-        train_dataset=train,
-        eval_dataset=test,
-    )
-    audit = ppo_run.add_audit(trainer, script)
+    trainer, audit = ppo_run.make_trainer((script, config, model_args), path, reward, train, test)
     summary, before, after = ppo_run.train(trainer, audit)
     if embedded:
         summary |= {"right_before": right_share(before), "right_after": right_share(after)}
