@@ -77,7 +77,7 @@ def test_journal_tables_list_the_fields_of_a_real_journal(tmp_path: Path) -> Non
         for heading, text in _subsections(_section("The journal")).items()
     }
     assert set(documented) == set(written)
-    assert written.pop("warning") == written["finding"] | {"event", "time_s"}
+    assert written.pop("warning") == written["finding"] | {"event", "time_s", "message"}
     for event, names in written.items():
         assert documented[event] == names - {"event", "time_s"}, event
 

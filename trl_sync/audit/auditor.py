@@ -27,6 +27,7 @@ from trl_sync.audit.engine import (
 )
 from trl_sync.audit.findings import AuditSummary, Cause, Finding, Scope, SyncReport
 from trl_sync.audit.inventory import Inventory, torch_optimizer
+from trl_sync.audit.journal import Listener
 from trl_sync.audit.judge import Judge
 from trl_sync.audit.rank_state import MissingRanks, Phase
 from trl_sync.audit.reaction import Reaction
@@ -87,6 +88,7 @@ class SyncAuditor:
         self._state = accelerator
         self._model, self._optimizer = model, optimizer
         self._output_dir = None if output_dir is None else Path(output_dir)
+        self._listeners: list[Listener] = []
         self._begun = False
         self._judge: Judge | None = None
         self._reset(0)
@@ -288,6 +290,10 @@ class SyncAuditor:
         """The last step after which all ranks were known to be equal."""
         return None if self._judge is None else self._judge.last_equal_step
 
+    def listen(self, listener: Listener) -> None:
+        """From `begin()` on, the main process calls it with every event of the journal."""
+        self._listeners.append(listener)
+
     def note(self, event: str, **fields: Any) -> None:
         """Adds a line to the journal."""
         self.reaction.journal.write(event, **fields)
@@ -314,7 +320,7 @@ class SyncAuditor:
             on_failure=self._explain_failure,
         )
         self._stack.callback(self.comparison.close)
-        self.reaction = Reaction(self.comparison, self.config, self._output_dir)
+        self.reaction = Reaction(self.comparison, self.config, self._output_dir, self._listeners)
         self._stack.callback(self.reaction.close)
         alone = not_distributed(self._state, self.comparison.world_size, wants_fsdp)
         if alone is not None:

@@ -14,6 +14,7 @@ from trl_sync.audit.auditor import SyncAuditor
 from trl_sync.audit.checkpoints import verify_resumed, write_checkpoint_manifest
 from trl_sync.audit.config import AuditConfig
 from trl_sync.audit.findings import AuditSummary
+from trl_sync.audit.trackers import AuditTrackers
 
 logger = logging.getLogger("trl_sync.audit")
 
@@ -38,6 +39,7 @@ class SyncAuditCallback(TrainerCallback):
         self._paused = False
         self._save_total_limit: tuple[Any, int | None] | None = None
         self._summary: AuditSummary | None = None
+        self._trackers: AuditTrackers | None = None
 
     @property
     def auditor(self) -> SyncAuditor:
@@ -64,6 +66,9 @@ class SyncAuditCallback(TrainerCallback):
             output_dir=args.output_dir,
             **self._options,
         )
+        if state.is_world_process_zero:
+            self._trackers = AuditTrackers(args.report_to, args.output_dir)
+            self._auditor.listen(self._trackers.tell)
         self._auditor.begin(state.global_step, wants_fsdp=bool(getattr(args, "fsdp", None)))
         declared = _declared_sync(args)
         if declared is not None:
@@ -95,6 +100,10 @@ class SyncAuditCallback(TrainerCallback):
             folder = Path(args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
             write_checkpoint_manifest(self.auditor, folder, state.global_step)
 
+    def on_log(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self._trackers is not None:
+            self._trackers.log_figures(self.auditor.summary(), state.global_step)
+
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self._pause("training to end")
         if args.load_best_model_at_end:
@@ -108,6 +117,9 @@ class SyncAuditCallback(TrainerCallback):
         """Removes the hooks of the last training, also one that ended with an error."""
         if self._auditor is not None:
             self._auditor.detach()
+        if self._trackers is not None:
+            self._trackers.close()
+            self._trackers = None
         if self._save_total_limit is not None:
             arguments, limit = self._save_total_limit
             arguments.save_total_limit = limit

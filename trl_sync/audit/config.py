@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -31,6 +31,7 @@ class AuditConfig:
     | `self_test` | prove at the start, with one flipped bit on one rank, that the audit sees it |
     | `manifest` | write `sync_manifest.json` beside every checkpoint and verify it on resume |
     | `resume_from` | the checkpoint this run continues, if it is not in the output folder |
+    | `on_event` | called on the main process with the name and fields of every journal event |
 
     Raises:
         ConfigError: names the option that cannot work.
@@ -47,6 +48,7 @@ class AuditConfig:
     self_test: bool = True
     manifest: bool = True
     resume_from: str | Path | None = None
+    on_event: Callable[[str, dict[str, Any]], None] | None = None
 
     def __post_init__(self) -> None:
         for name in ("every_steps", "frozen_cover_steps"):
@@ -55,6 +57,10 @@ class AuditConfig:
                 raise ConfigError(f"{name} must be a whole number of at least 1, not {value!r}.")
         if not self.timeout_s > 0:
             raise ConfigError(f"timeout_s must be positive, not {self.timeout_s!r}.")
+        if self.on_event is not None and not callable(self.on_event):
+            raise ConfigError(
+                f"on_event must be a function of an event's name and fields, not {self.on_event!r}."
+            )
         if self.on_desync not in ON_DESYNC:
             raise ConfigError(
                 f"on_desync is {self.on_desync!r}; it must be one of {', '.join(ON_DESYNC)}."

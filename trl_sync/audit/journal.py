@@ -7,7 +7,7 @@ import json
 import logging
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from io import TextIOWrapper
 from pathlib import Path
 from typing import Any
@@ -19,23 +19,31 @@ logger = logging.getLogger("trl_sync.audit")
 JOURNAL_NAME = "sync_audit.jsonl"
 FORMAT = 1
 
+Listener = Callable[[str, dict[str, Any]], None]
+
 
 class Journal:
-    """Appends events to a file, or does nothing if there is none.
+    """Appends events to a file if there is one, and hands them to `listeners`.
 
     Every line is on disk (in the kernel, that is) before the call returns, so that what was known
     before a process was killed can be read.
     """
 
-    def __init__(self, path: Path | None) -> None:
+    def __init__(self, path: Path | None, listeners: Sequence[Listener] = ()) -> None:
         self._path = path
+        self._listeners = listeners
         self._file: TextIOWrapper | None = None
 
     def write(self, event: str, **fields: Any) -> None:
         """Adds one line; the file is made at the first one."""
+        plain = _plain(fields)
+        self._append({"event": event, "time_s": round(time.time(), 3), **plain})
+        for listener in self._listeners:
+            listener(event, plain)
+
+    def _append(self, line: dict[str, Any]) -> None:
         if self._path is None:
             return
-        line = {"event": event, "time_s": round(time.time(), 3), **_plain(fields)}
         try:
             if self._file is None:
                 self._path.parent.mkdir(parents=True, exist_ok=True)

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from trl_sync.audit.compare import Comparison
 from trl_sync.audit.config import AUTO, AuditConfig
 from trl_sync.audit.findings import Cause, Finding, SyncReport
-from trl_sync.audit.journal import JOURNAL_NAME, Journal
+from trl_sync.audit.journal import JOURNAL_NAME, Journal, Listener
 from trl_sync.audit.rank_state import MissingRanks
 from trl_sync.errors import DesyncError
 
@@ -20,7 +21,11 @@ class Reaction:
     """Writes reports down and acts on them as `config.on_desync` says; alike on every rank."""
 
     def __init__(
-        self, comparison: Comparison, config: AuditConfig, output_dir: Path | None
+        self,
+        comparison: Comparison,
+        config: AuditConfig,
+        output_dir: Path | None,
+        listeners: Sequence[Listener] = (),
     ) -> None:
         self.num_desyncs = 0
         self.should_stop = False
@@ -29,7 +34,9 @@ class Reaction:
         self._comparison = comparison
         self._action = config.on_desync
         self._path = _journal_path(config, output_dir)
-        self.journal = Journal(self._path if comparison.rank == 0 else None)
+        heard = (*listeners, *([config.on_event] if config.on_event is not None else []))
+        on_main = comparison.rank == 0
+        self.journal = Journal(self._path, heard) if on_main else Journal(None)
 
     def close(self) -> None:
         self.journal.close()
@@ -75,7 +82,7 @@ class Reaction:
         if key not in self.warned and self._comparison.rank == 0:
             logger.warning("%s", finding.describe())
             if not finding.fatal:
-                self.journal.write("warning", **finding.as_dict())
+                self.journal.write("warning", **finding.as_dict(), message=finding.describe())
         self.warned.add(key)
 
     def write_missing(self, report: SyncReport, missing: MissingRanks) -> None:

@@ -24,6 +24,7 @@ from trl_sync.ppo.collectives import together
 from trl_sync.ppo.evaluation import EvaluationBatch, EvaluationLoader
 from trl_sync.ppo.rewards import RewardSource, completion_texts
 from trl_sync.ppo.rollout import Sampling, roll_out
+from trl_sync.tracker_runs import open_wandb_run, trackio_has_run
 
 logger = logging.get_logger(__name__)
 
@@ -102,7 +103,7 @@ def log_completions(
 def _to_wandb(name: str, header: list[str], rows: list[Row]) -> bool:
     import wandb
 
-    if wandb.run is None:
+    if open_wandb_run() is None:
         return False
     table = wandb.Table(columns=header, data=rows)
     wandb.log({name: table, "train/global_step": rows[0][0]})
@@ -112,7 +113,7 @@ def _to_wandb(name: str, header: list[str], rows: list[Row]) -> bool:
 def _to_trackio(name: str, header: list[str], rows: list[Row]) -> bool:
     import trackio
 
-    if trackio.context_vars.current_run.get() is None:
+    if not trackio_has_run():
         return False
     table = trackio.Table(columns=header, data=rows)
     trackio.log({name: table, "train/global_step": rows[0][0]})
