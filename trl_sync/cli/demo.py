@@ -210,18 +210,15 @@ def find_fault(name: str) -> Fault | None:
 
 def show_faults(*, as_json: bool = False) -> None:
     """A table of all faults."""
-    from rich import box
-    from rich.table import Table
-
     from trl_sync.audit.faults import FAULTS
-    from trl_sync.cli.console import make_console
+    from trl_sync.cli.console import make_console, make_table
 
     if as_json:
         names = ("name", "cause", "on", "seen_by", "description")
         faults = [{name: str(getattr(f, name)) for name in names} for f in FAULTS.values()]
         print(json.dumps(faults, indent=2))
         return
-    table = Table("fault", "cause", "ranks", "seen by", "description", box=box.SIMPLE)
+    table = make_table("fault", "cause", "ranks", "seen by", "description")
     for fault in FAULTS.values():
         table.add_row(fault.name, fault.cause, fault.on, fault.seen_by, fault.description)
     make_console().print(table)

@@ -16,11 +16,10 @@ from dataclasses import asdict, dataclass
 import torch
 from packaging.requirements import Requirement
 from packaging.version import Version
-from rich import box
 from rich.table import Table
 
 from trl_sync._version import __version__
-from trl_sync.cli.console import make_console
+from trl_sync.cli.console import make_console, make_table
 from trl_sync.cli.report import escape
 
 PACKAGES = ("torch", "transformers", "trl", "peft", "accelerate", "bitsandbytes", "deepspeed")
@@ -58,7 +57,7 @@ def show_environment(*, as_json: bool) -> None:
         table.add_row("devices" if position == 0 else "", escape(device))
     console.print(table)
     for title, states in (("engine", engines), ("besides", abilities)):
-        table = Table(title, "runs here", "", box=box.SIMPLE)
+        table = make_table(title, "runs here", "")
         for name, state in states.items():
             table.add_row(name, "yes" if state.can_run else "no", escape(state.reason))
         console.print(table)

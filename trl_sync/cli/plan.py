@@ -6,10 +6,9 @@ import dataclasses
 import json
 from typing import Any
 
-from rich import box
 from rich.table import Table
 
-from trl_sync.cli.console import make_console
+from trl_sync.cli.console import make_console, make_table
 from trl_sync.errors import ConfigError
 from trl_sync.planning.architecture import Architecture, read_architecture
 from trl_sync.planning.options import PlanOptions
@@ -126,7 +125,7 @@ def title(options: PlanOptions) -> str:
 
 
 def plan_table(plan: MemoryPlan) -> Table:
-    table = Table("phase", "what", box=box.SIMPLE)
+    table = make_table("phase", "what")
     table.add_column("GB per GPU (1e9 bytes)", justify="right")
     phases = ("static", "generation", "scoring", "update")
     for phase in phases:

@@ -10,12 +10,11 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from rich import box
 from rich.console import Console
 from rich.table import Table
 
 from trl_sync.audit.journal import JOURNAL_NAME, read_journal
-from trl_sync.cli.console import make_console
+from trl_sync.cli.console import make_console, make_table
 from trl_sync.errors import ConfigError
 from trl_sync.report.output import PAGE_NAME, write_report
 from trl_sync.report.run_folder import Run, has_sources, read_runs
@@ -232,7 +231,7 @@ def title(number: int, begin: Event | None) -> str:
 
 def scope_table(begin: Event) -> Table:
     """What is audited, and what is not, with the reason."""
-    table = Table("scope", "status", box=box.SIMPLE)
+    table = make_table("scope", "status")
     table.add_column("tensors", justify="right")
     table.add_column("bytes", justify="right")
     for scope, entry in begin["scopes"].items():
@@ -268,7 +267,7 @@ def describe(run: RunReport) -> dict[str, str]:
 
 
 def desync_table(desyncs: list[Event]) -> Table:
-    table = Table("desync at step", "cause", "ranks", "tensor", box=box.SIMPLE)
+    table = make_table("desync at step", "cause", "ranks", "tensor")
     for desync in desyncs:
         for finding in desync["findings"]:
             ranks = ",".join(map(str, finding["ranks"]))

@@ -60,7 +60,7 @@ from trl_sync.ppo.models import (
     check_tokens,
     make_all_whole,
 )
-from trl_sync.ppo.progress import PPOProgressCallback, print_completions
+from trl_sync.ppo.progress import print_completions, progress_callback
 from trl_sync.ppo.prompts import DataCollator, PromptDataset
 from trl_sync.ppo.reward_scaling import RunningMoments
 from trl_sync.ppo.rewards import (
@@ -445,7 +445,7 @@ class PPOTrainer(TrlAttributes, ModelCardMixin, CheckpointMixin):
 
     def _set_up_callbacks(self) -> None:
         if self.pop_callback(ProgressCallback) is not None:
-            self.add_callback(PPOProgressCallback())
+            self.add_callback(progress_callback())
         self.add_callback(PushValueModel())
         # First, so that every other callback sees the epoch as it is.
         self.callback_handler.callbacks.insert(0, UpdateCallback(self))
