@@ -532,6 +532,49 @@ def test_two_heads_that_differ_are_refused(base: str, tmp_path: Path) -> None:
         kind("llama").from_pretrained(str(tmp_path))
 
 
+@pytest.mark.parametrize(
+    "head, found",
+    [
+        (
+            {"v_head.summary.weight": torch.zeros(1, 48), "v_head.summary.bias": torch.zeros(1)},
+            r"it has summary.bias \(1,\), summary.weight \(1, 48\), and the model needs",
+        ),
+        ({"v_head.summary.weight": torch.zeros(1, 32)}, r"it has summary.weight \(1, 32\), and"),
+        ({"v_head.other": torch.zeros(2)}, r"it has other \(2,\), and the model needs"),
+    ],
+)
+def test_a_head_of_another_model_is_refused(
+    base: str, tmp_path: Path, head: dict[str, torch.Tensor], found: str
+) -> None:
+    kind("llama").from_pretrained(base, peft_config=lora()).save_pretrained(tmp_path)
+    for name in ("pytorch_model.bin", "v_head.safetensors"):
+        (tmp_path / name).unlink()
+    torch.save(head, tmp_path / "pytorch_model.bin")
+    with pytest.raises(CheckpointError, match=f"does not fit this model: {found}"):
+        kind("llama").from_pretrained(str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    "content, message",
+    [
+        ("{", "holds no options of an adapter"),
+        ('{"peft_type": "LORA", "r": "many"}', "has r=many, expected a whole number of at least 1"),
+        (None, "cannot be put on this base|holds no options"),
+    ],
+)
+def test_a_broken_adapter_is_refused(
+    base: str, tmp_path: Path, content: str | None, message: str
+) -> None:
+    kind("llama").from_pretrained(base, peft_config=lora()).save_pretrained(tmp_path)
+    options = tmp_path / "adapter_config.json"
+    if content is None:  # the adapter of a model with other layers
+        content = options.read_text().replace("q_proj", "no_such_layer")
+        content = content.replace("v_proj", "nor_this")
+    options.write_text(content)
+    with pytest.raises(ConfigError, match=message):
+        kind("llama").from_pretrained(str(tmp_path))
+
+
 def test_the_state_of_a_peft_model_is_its_head() -> None:
     model = with_head(peft_config=lora())
     state = model.state_dict()

@@ -28,6 +28,7 @@ from trl_sync.backbone.quantization import keep_packed_weights
 from trl_sync.errors import ConfigError
 from trl_sync.value_head_files import (
     PREFIX,
+    check_fits,
     could_be_on_hub,
     read_score_head,
     read_value_head,
@@ -265,6 +266,7 @@ class PreTrainedModelWrapper(nn.Module, PushToHubMixin):
                 source,
             )
             return
+        check_fits(state, self.v_head.state_dict(), source)
         self.v_head.load_state_dict(state)
 
     def forward(

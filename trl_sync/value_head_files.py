@@ -96,6 +96,27 @@ def read_score_head(adapter: str, hub_options: dict[str, Any]) -> dict[str, Tens
     return {name.rsplit(".", 1)[-1]: tensor for name, tensor in tensors.items()}
 
 
+def check_fits(state: dict[str, Tensor], wanted: dict[str, Tensor], source: str) -> None:
+    """Nothing, if a saved value head has the tensors of a model's own, in their shapes.
+
+    Raises:
+        CheckpointError: it has not.
+    """
+    found, needed = (
+        {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+        for tensors in (state, wanted)
+    )
+    if found != needed:
+        raise CheckpointError(
+            f"The value head saved in {source} does not fit this model: it has {_shapes(found)}, "
+            f"and the model needs {_shapes(needed)}. Load it with the model it was trained on."
+        )
+
+
+def _shapes(shapes: dict[str, tuple[int, ...]]) -> str:
+    return ", ".join(f"{name} {shape}" for name, shape in sorted(shapes.items())) or "no tensors"
+
+
 def find_file(source: str, name: str, hub_options: dict[str, Any]) -> Path | None:
     """That file of a local folder or of a hub repository; None if it is not there."""
     folder = Path(source)

@@ -13,6 +13,7 @@ from peft import (
 )
 from transformers import BitsAndBytesConfig
 
+from trl_sync.backbone.adapter_files import adapter_config, applying
 from trl_sync.backbone.checkpointing import enable_checkpointing
 from trl_sync.backbone.quantization import keep_packed_weights
 from trl_sync.errors import ConfigError
@@ -34,7 +35,8 @@ def load_model(
     A quantized model goes to `device` if `options` do not say where.
 
     Raises:
-        ConfigError: `peft_config` is given for an adapter, or its base is not known.
+        ConfigError: `peft_config` is given for an adapter, its base is not known, or its files
+            cannot be read or belong to another model.
     """
     options = _with_quantization_config(options)
     if options.get("quantization_config") is not None:
@@ -47,7 +49,7 @@ def load_model(
             f"{source} holds a trained adapter, so peft_config would have no effect: leave it "
             "out, and pass is_trainable=True to train that adapter further."
         )
-    base = PeftConfig.from_pretrained(str(adapter.parent)).base_model_name_or_path
+    base = adapter_config(adapter.parent).base_model_name_or_path
     if not base:
         raise ConfigError(
             f"The adapter in {source} does not say which model it belongs to: load that model "
@@ -55,9 +57,10 @@ def load_model(
         )
     model = parent_class.from_pretrained(base, *model_args, **options)
     keep_packed_weights(model)
-    return PeftModel.from_pretrained(
-        model, str(adapter.parent), is_trainable=is_trainable, token=options.get("token")
-    )
+    with applying(adapter.parent):
+        return PeftModel.from_pretrained(
+            model, str(adapter.parent), is_trainable=is_trainable, token=options.get("token")
+        )
 
 
 def hidden_size(config: Any) -> int:

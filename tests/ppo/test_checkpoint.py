@@ -391,3 +391,19 @@ def test_another_number_of_ranks_is_said(
     left_by(2, saved, tmp_path)
     runs.make(tmp_path).train(resume_from_checkpoint=True)
     assert "2 process(es) began this run, 1 continue it" in caplog.text
+
+
+def test_a_run_that_is_complete_trains_no_further(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    done = runs.train(tmp_path, save_strategy="steps", save_steps=4)
+    said = "All 12 updates are done: nothing is left to train."
+    assert said not in caplog.text
+    again = runs.make(tmp_path)
+    again.train(resume_from_checkpoint=True)
+    assert again.state.global_step == 12
+    assert runs.same(runs.trained(done), runs.trained(again))
+    assert said in caplog.text
+    longer = runs.make(tmp_path, total_episodes=64)
+    longer.train(resume_from_checkpoint=True)
+    assert longer.state.global_step == 16

@@ -95,6 +95,8 @@ class ExperienceLoader:
     def __iter__(self) -> Iterator[dict[str, Tensor]]:
         order = self._generator(_PROMPT_ORDER, self._epoch).permutation(len(self.dataset))
         for position in range(self._first_iteration(), self._plan.iterations_per_epoch):
+            if self._updates_done() >= self._plan.max_steps:
+                return  # the run that was resumed is complete
             iteration = self._epoch * self._plan.iterations_per_epoch + position
             start = position * self._plan.prompts_per_batch
             indices = order[start : start + self._plan.prompts_per_batch]

@@ -12,11 +12,14 @@ from torch.optim.lr_scheduler import ReduceLROnPlateau
 from transformers import TrainerCallback
 from transformers.optimization import GreedyLR
 from transformers.trainer_callback import DefaultFlowCallback
+from transformers.utils import logging
 
 from trl_sync.backbone.roles import POLICY
 from trl_sync.errors import ConfigError
 from trl_sync.ppo.config import BatchPlan, PPOConfig
 from trl_sync.ppo.run_record import write_run_record
+
+logger = logging.get_logger(__name__)
 
 # An update whose approximate KL is above this many times `target_kl` ends its iteration.
 KL_TOLERANCE = 1.5
@@ -111,6 +114,11 @@ class UpdateCallback(TrainerCallback):
         self._trainer._first_step = state.global_step
         self._trainer._keep_padding_token()
         state.episode = self._trainer.episodes
+        if state.is_world_process_zero and state.global_step >= self._trainer.plan.max_steps:
+            logger.warning(
+                f"All {self._trainer.plan.max_steps} updates are done: nothing is left to train. "
+                "A higher total_episodes, num_train_epochs or max_steps goes on from here."
+            )
         if state.is_world_process_zero:
             write_run_record(self._trainer)
 
