@@ -24,7 +24,7 @@ from trl_sync.errors import ConfigError
 # Bytes of a chunk's fp32 logits, unless a caller says otherwise. On an accelerator a chunk must be
 # so long that its products outweigh reading the head's weights; on a CPU less is as fast.
 CHUNK_BYTES = 64 * 2**20
-CPU_CHUNK_BYTES = 32 * 2**20
+CPU_CHUNK_BYTES = 16 * 2**20
 
 
 def _plain(logits: Tensor, config: Any) -> Tensor:
