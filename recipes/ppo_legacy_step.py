@@ -54,7 +54,9 @@ def main() -> None:
         stats = trainer.step(queries, responses, scores)
         trainer.log_stats(stats, batch, scores)
         means.append(float(stats["ppo/mean_scores"]))
-        print(f"step {len(means)}: score {means[-1]:.2f}, KL {float(stats['objective/kl']):.2f}")
+        if trainer.accelerator.is_main_process:
+            kl = float(stats["objective/kl"])
+            print(f"step {len(means)}: score {means[-1]:.2f}, KL {kl:.2f}")
     if trainer.accelerator.is_main_process:
         trainer.save_pretrained(str(OUTPUT))
         tenth = max(1, len(means) // 10)

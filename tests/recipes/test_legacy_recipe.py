@@ -16,17 +16,16 @@ from ranks import free_port
 from trl_sync.legacy import AutoModelForCausalLMWithValueHead
 
 RECIPE = Path(__file__).parents[2] / "recipes" / "ppo_legacy_step.py"
-LAUNCH = [
-    *(sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "1"),
-    *("--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"),
-]
+CONFIGS = RECIPE.parent / "accelerate_configs"
 
 
-@pytest.mark.slow
-def test_the_reward_rises(tmp_path: Path) -> None:
+def launch(ranks: int, folder: Path, *flags: str) -> str:
+    """What the recipe printed, started in `folder`."""
+    start = [sys.executable, "-m", "accelerate.commands.launch"]
+    start += ["--config_file", str(CONFIGS / f"cpu_{ranks}.yaml")]
     done = subprocess.run(
-        [*LAUNCH, "--main_process_port", str(free_port()), str(RECIPE), "--steps", "1280"],
-        cwd=tmp_path,
+        [*start, "--main_process_port", str(free_port()), str(RECIPE), *flags],
+        cwd=folder,
         env=os.environ | {"OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
@@ -34,7 +33,13 @@ def test_the_reward_rises(tmp_path: Path) -> None:
         check=False,
     )
     assert done.returncode == 0, done.stderr[-3000:]
-    scores = [float(text) for text in re.findall(r"^step \d+: score (\S+),", done.stdout, re.M)]
+    return done.stdout
+
+
+@pytest.mark.slow
+def test_the_reward_rises(tmp_path: Path) -> None:
+    printed = launch(1, tmp_path, "--steps", "1280")
+    scores = [float(text) for text in re.findall(r"^step \d+: score (\S+),", printed, re.M)]
     assert len(scores) == 10
     # The scores of single answers have a standard deviation of 1; a batch has 128.
     assert sum(scores[-3:]) / 3 > sum(scores[:3]) / 3 + 0.5
@@ -48,3 +53,13 @@ def test_the_reward_rises(tmp_path: Path) -> None:
         not parameter.equal(moved[name])
         for name, parameter in saved.pretrained_model.named_parameters()
     )
+
+
+@pytest.mark.slow
+@pytest.mark.ranks
+def test_two_ranks_keep_one_model(tmp_path: Path) -> None:
+    printed = launch(2, tmp_path, "--steps", "256")
+    # Two batches of 128 on each rank; rank 0 speaks for both.
+    assert re.findall(r"^step (\d+): score", printed, re.M) == ["1", "2"]
+    assert printed.count("model and value head in") == 1
+    AutoModelForCausalLMWithValueHead.from_pretrained(str(tmp_path / "runs/ppo-legacy-step"))
