@@ -1,5 +1,6 @@
 VENV := .venv
 PYTHON ?= python3
+WORKERS ?= 2
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
@@ -13,9 +14,11 @@ demo: $(INSTALLED)
 	$(BIN)/accelerate launch --num_processes 1 --num_machines 1 --mixed_precision no \
 		--dynamo_backend no recipes/ppo.py
 
-# All but the tests of the engines, which have commands of their own.
+# All but the tests of the engines, which have commands of their own. Tests of one process use one
+# thread: two at a time take half as long, while those of several ranks use all cores by themselves.
 test: $(VENV)/.deepspeed .oracle/trl
-	$(BIN)/python -m pytest -m "not engines"
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile -m "not engines and not ranks"
+	$(BIN)/python -m pytest -m "ranks and not engines"
 
 # PPO and the audit under DDP, ZeRO-1/2/3, FSDP2 and HSDP on CPU ranks; ends with a table.
 engines: $(VENV)/.deepspeed
