@@ -73,7 +73,7 @@ def print_completions(columns: dict[str, list[Any]], title: str) -> None:
         for row in rows:
             for name, value in zip(columns, row, strict=True):
                 # A line stays a line, whatever a model writes.
-                print(f"  {name}: {' '.join(value.splitlines())}")
+                print(f"  {name}: {' '.join(value.split())}")
             print()
         return
     table = Table(title=title, show_lines=True)
