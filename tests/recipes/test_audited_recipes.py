@@ -2,35 +2,19 @@
 
 from __future__ import annotations
 
-import os
 import re
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from ranks import free_port
+from recipe_launch import launch
 from trl_sync.audit.journal import JOURNAL_NAME, read_journal
 
-ROOT = Path(__file__).parents[2]
 SHORT = ["--max_steps", "4", "--save_strategy", "no"]
 
 pytestmark = pytest.mark.slow
-
-
-def launch(recipe: str, *arguments: str, ranks: int) -> subprocess.CompletedProcess[str]:
-    config = ROOT / f"recipes/accelerate_configs/cpu_{ranks}.yaml"
-    start = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(config)]
-    port = ["--main_process_port", str(free_port())]
-    return subprocess.run(
-        [*start, *port, str(ROOT / "recipes" / recipe), *arguments],
-        env=os.environ | {"PYTHONPATH": str(ROOT)},
-        capture_output=True,
-        text=True,
-        timeout=280,
-    )
 
 
 def events(folder: Path, kind: str) -> list[dict[str, Any]]:

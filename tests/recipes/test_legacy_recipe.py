@@ -2,43 +2,28 @@
 
 from __future__ import annotations
 
-import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 
 from embedded_default import embedded_default
-from ranks import free_port
+from recipe_launch import launch
 from trl_sync.legacy import AutoModelForCausalLMWithValueHead
 
-RECIPE = Path(__file__).parents[2] / "recipes" / "ppo_legacy_step.py"
-CONFIGS = RECIPE.parent / "accelerate_configs"
+RECIPE = "ppo_legacy_step.py"
 
 
-def launch(ranks: int, folder: Path, *flags: str) -> str:
-    """What the recipe printed, started in `folder`."""
-    start = [sys.executable, "-m", "accelerate.commands.launch"]
-    start += ["--config_file", str(CONFIGS / f"cpu_{ranks}.yaml")]
-    done = subprocess.run(
-        [*start, "--main_process_port", str(free_port()), str(RECIPE), *flags],
-        cwd=folder,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=280,
-        check=False,
-    )
+def printed_by(folder: Path, *flags: str, ranks: int) -> str:
+    done = launch(RECIPE, *flags, ranks=ranks, cwd=folder)
     assert done.returncode == 0, done.stderr[-3000:]
     return done.stdout
 
 
 @pytest.mark.slow
 def test_the_reward_rises(tmp_path: Path) -> None:
-    printed = launch(1, tmp_path, "--steps", "1280")
+    printed = printed_by(tmp_path, "--steps", "1280", ranks=1)
     scores = [float(text) for text in re.findall(r"^step \d+: score (\S+),", printed, re.M)]
     assert len(scores) == 10
     # The scores of single answers have a standard deviation of 1; a batch has 128.
@@ -58,7 +43,7 @@ def test_the_reward_rises(tmp_path: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.ranks
 def test_two_ranks_keep_one_model(tmp_path: Path) -> None:
-    printed = launch(2, tmp_path, "--steps", "256")
+    printed = printed_by(tmp_path, "--steps", "256", ranks=2)
     # Two batches of 128 on each rank; rank 0 speaks for both.
     assert re.findall(r"^step (\d+): score", printed, re.M) == ["1", "2"]
     assert printed.count("model and value head in") == 1

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -16,10 +15,10 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
 import tiny
-from ranks import free_port
+from recipe_launch import launch
 
 ROOT = Path(__file__).parents[2]
-RECIPE = ROOT / "recipes/ppo.py"
+RECIPE = "ppo.py"
 FIGURES = (
     *("reward_first", "reward_last", "distinct_completions", "kl_last", "episodes", "wall_s"),
     *("episodes_per_s", "peak_rss_bytes", "quantization", "trainable_parameters"),
@@ -35,20 +34,6 @@ SMALL = {
     "save_strategy": "no",
     "report_to": "none",
 }
-
-
-def launch(*arguments: str, ranks: int = 1, cwd: Path = ROOT) -> subprocess.CompletedProcess[str]:
-    config = ROOT / f"recipes/accelerate_configs/cpu_{ranks}.yaml"
-    start = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(config)]
-    port = ["--main_process_port", str(free_port())]
-    return subprocess.run(
-        [*start, *port, str(RECIPE), *arguments],
-        cwd=cwd,
-        env=os.environ | {"PYTHONPATH": str(ROOT)},
-        capture_output=True,
-        text=True,
-        timeout=280,
-    )
 
 
 def flags(**values: Any) -> list[str]:
@@ -85,7 +70,7 @@ def local(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize("seed", [1, 2, 3])
 def test_the_embedded_task_is_learned(seed: int, tmp_path: Path) -> None:
     out = tmp_path / "run"
-    done = launch(*flags(output_dir=out, seed=seed, total_episodes=1280))
+    done = launch(RECIPE, *flags(output_dir=out, seed=seed, total_episodes=1280))
     assert done.returncode == 0, done.stderr
     figures = summary(out)
     assert figures["quantization"] == "nf4"
@@ -127,7 +112,7 @@ def test_two_ranks_a_local_model_conversations_a_function_and_a_config_file(
         reward_function=f"{local / 'rewards.py'}:length",
         output_dir=out,
     )
-    done = launch(*named, ranks=2)
+    done = launch(RECIPE, *named, ranks=2)
     assert done.returncode == 0, done.stderr
     figures = summary(out)
     assert figures["world_size"] == 2
@@ -152,7 +137,7 @@ def test_a_local_model_and_reward_model_without_quantization(local: Path, tmp_pa
         eval_steps=4,
         **SMALL,
     )
-    done = launch(*named, "--no_quantization", "--no_audit")
+    done = launch(RECIPE, *named, "--no_quantization", "--no_audit")
     assert done.returncode == 0, done.stderr
     assert not (out / "sync_audit.jsonl").exists()
     assert "audits" not in summary(out)
@@ -166,7 +151,7 @@ def test_a_local_model_and_reward_model_without_quantization(local: Path, tmp_pa
 @pytest.mark.slow
 def test_a_flag_that_only_fits_the_embedded_settings(tmp_path: Path) -> None:
     # Three does not divide the rollout batch of the embedded settings; TRL's default is one.
-    done = launch(*flags(num_mini_batches=3, output_dir=tmp_path / "run"))
+    done = launch(RECIPE, *flags(num_mini_batches=3, output_dir=tmp_path / "run"))
     assert "gradient_accumulation_steps=4" in done.stderr
 
 
@@ -176,7 +161,7 @@ def test_a_mistake_is_one_line_and_leaves_no_folder(local: Path, tmp_path: Path)
     named = flags(
         model_name_or_path=local / "model", dataset_path=local / "prompts.jsonl", output_dir=out
     )
-    done = launch(*named)
+    done = launch(RECIPE, *named)
     assert done.returncode != 0
     assert "error: No reward source" in done.stderr
     assert 'ppo.py", line' not in done.stderr  # no traceback of the recipe
@@ -186,7 +171,10 @@ def test_a_mistake_is_one_line_and_leaves_no_folder(local: Path, tmp_path: Path)
 @pytest.mark.slow
 def test_help_names_every_group_of_flags() -> None:
     done = subprocess.run(
-        [sys.executable, str(RECIPE), "--help"], capture_output=True, text=True, timeout=120
+        [sys.executable, str(ROOT / "recipes" / RECIPE), "--help"],
+        capture_output=True,
+        text=True,
+        timeout=120,
     )
     assert done.returncode == 0, done.stderr
     shown = done.stdout

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
-import sys
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -17,24 +15,10 @@ import ppo_math
 import ppo_multi_reward
 import ppo_tldr
 import tiny
-from ranks import free_port
+from recipe_launch import launch
 
-ROOT = Path(__file__).parents[2]
 # An iteration of the settings that the recipes share, and a second one.
 SHORT = ("--total_episodes", "256", "--num_ppo_epochs", "1")
-
-
-def launch(recipe: str, *arguments: str, ranks: int) -> subprocess.CompletedProcess[str]:
-    config = ROOT / f"recipes/accelerate_configs/cpu_{ranks}.yaml"
-    start = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(config)]
-    port = ["--main_process_port", str(free_port())]
-    return subprocess.run(
-        [*start, *port, str(ROOT / "recipes" / recipe), *arguments],
-        env=os.environ | {"PYTHONPATH": str(ROOT)},
-        capture_output=True,
-        text=True,
-        timeout=280,
-    )
 
 
 def outcome(done: subprocess.CompletedProcess[str], folder: Path) -> dict[str, Any]:
