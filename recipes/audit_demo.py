@@ -4,8 +4,10 @@
     ... recipes/audit_demo.py --fault bit_flipped --step 5
 
 Your own script is drilled in the same way: `with planted(...)` around `trainer.train()`. The faults
-are those of `trl-sync demo --list` that strike a model or an optimizer while it is trained. Faults
-of a rank that is killed or late end the processes; the message is then in the log alone.
+are those of `trl-sync demo --list` that strike a model or an optimizer while it is trained. Without
+--fault that is gradient_not_reduced, or on one process, which has nobody to differ from, a byte of
+the frozen base that changes. Faults of a rank that is killed or late end the processes; the message
+is then in the log alone.
 
 Ends with 0 if the audit named the cause that the fault stands for, else with 1.
 """
@@ -25,7 +27,7 @@ from trl import ModelConfig, SFTConfig, SFTTrainer, get_peft_config
 from embedded_default import embedded_default
 from inputs import load_causal_model, trainer_parser
 from trl_sync import ConfigError, DesyncError, SyncAuditCallback
-from trl_sync.audit.faults import FAULTS, Planted
+from trl_sync.audit.faults import FAULTS, FaultNotPlantedError, Planted
 
 EMBEDDED_SETTINGS = {
     "output_dir": "runs/audit-demo",
@@ -49,8 +51,8 @@ COVER_UPDATES = 4
 class DrillArguments:
     """Which fault strikes when."""
 
-    fault: str = field(
-        default="gradient_not_reduced", metadata={"help": "A fault, or a cause: its first fault."}
+    fault: str | None = field(
+        default=None, metadata={"help": "A fault, or a cause: its first fault."}
     )
     step: int = field(default=3, metadata={"help": "The optimizer step in which it strikes."})
 
@@ -59,13 +61,15 @@ def main() -> None:
     parser = trainer_parser((DrillArguments, SFTConfig, ModelConfig), __doc__, EMBEDDED_SETTINGS)
     try:
         sys.exit(0 if drill(*parser.parse_args_and_config()) else 1)
-    except ConfigError as error:
+    except (ConfigError, FaultNotPlantedError) as error:
         sys.exit(f"error: {error}")
 
 
 def drill(drill_args: DrillArguments, config: SFTConfig, model_args: ModelConfig) -> bool:
     """True if the audit named the planted fault's cause."""
-    expected = FAULTS[find(drill_args.fault)]
+    alone = config.world_size == 1
+    default = "frozen_changed" if alone else "gradient_not_reduced"
+    expected = FAULTS[find(drill_args.fault or default)]
     path = model_args.model_name_or_path or str(embedded_default().model_path)
     trainer = SFTTrainer(
         load_causal_model(path, model_args),
@@ -97,6 +101,8 @@ def find(name: str) -> str:
 def planted(fault: str, trainer: SFTTrainer, step: int) -> AbstractContextManager[Planted]:
     """The fault's block, with what it asks for out of what a trainer has before it trains."""
     offered: dict[str, Any] = {"model": trainer.model, "step": step, "delay_s": 3 * TIMEOUT_S}
+    if trainer.args.world_size == 1:
+        offered["rank"] = 0
     plant = FAULTS[fault].plant
     parameters = inspect.signature(plant).parameters.values()
     required = {p.name for p in parameters if p.default is p.empty}

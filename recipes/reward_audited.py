@@ -45,7 +45,6 @@ EMBEDDED_SETTINGS = {
     "use_peft": True,
     "lora_r": 16,
     "lora_target_modules": ["all-linear"],
-    "lora_task_type": "SEQ_CLS",
     "max_length": 64,
     "logging_steps": 5,
     "report_to": "none",
@@ -62,6 +61,7 @@ def main() -> None:
 
 
 def run(script: ScriptArguments, config: RewardConfig, model_args: ModelConfig) -> None:
+    model_args.lora_task_type = "SEQ_CLS"  # PEFT then trains and saves the score head too
     embedded = model_args.model_name_or_path is None
     path = str(embedded_default().model_path) if embedded else model_args.model_name_or_path
     tokenizer = AutoTokenizer.from_pretrained(path)

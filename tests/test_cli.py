@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -14,11 +16,12 @@ from typing import Any
 
 import pytest
 import torch
+import typer
 from datasets import Dataset
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 import tiny
-from trl_sync import DesyncError, SyncAuditCallback
+from trl_sync import DesyncError, SyncAuditCallback, cli
 from trl_sync.audit.faults import FAULTS
 from trl_sync.audit.findings import Cause, Finding
 from trl_sync.audit.journal import JOURNAL_NAME, Journal
@@ -143,7 +146,7 @@ def test_without_a_command_the_help_is_shown(call: Call) -> None:
     assert done.err == ""
 
 
-@pytest.mark.parametrize("command", ["demo", "report", "verify"])
+@pytest.mark.parametrize("command", ["demo", "report", "verify", "env"])
 def test_help_documents_the_exit_codes(call: Call, command: str) -> None:
     done = call(command, "--help")
     assert done.code == 0
@@ -317,6 +320,56 @@ def test_shells_complete_the_commands(shell: str) -> None:
     assert "verify" not in done.stdout
 
 
+def test_completion_is_installed_for_the_shell_that_asks(tmp_path: Path) -> None:
+    folder = tmp_path / "bin"
+    folder.mkdir()
+    program = folder / "trl-sync"
+    program.write_text(f"#!{sys.executable}\nfrom trl_sync.cli import main\nmain()\n")
+    program.chmod(0o755)
+    environment = os.environ | {"HOME": str(tmp_path), "PATH": f"{folder}:{os.environ['PATH']}"}
+    for option in ("--show-completion", "--install-completion"):
+        # Two commands, so that bash stays the parent process.
+        done = subprocess.run(
+            ["bash", "-c", f"trl-sync {option}; exit $?"],
+            env=environment,
+            capture_output=True,
+            text=True,
+            timeout=60,
+        )
+        assert done.returncode == 0, done.stderr
+    installed = tmp_path / ".bash_completions" / "trl-sync.sh"
+    assert "complete -o default -F" in installed.read_text()
+    assert str(installed) in (tmp_path / ".bashrc").read_text()
+
+
+def test_an_interrupt_ends_with_code_130() -> None:
+    command = [sys.executable, "-m", "trl_sync.cli", "demo"]
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline().startswith("Planted")
+        process.send_signal(signal.SIGINT)
+        assert process.wait(timeout=60) == 130
+        assert process.stderr is not None
+        assert "Traceback" not in process.stderr.read()
+
+
+def test_the_page_lists_every_command_with_its_flags_and_codes() -> None:
+    page = (Path(__file__).parents[1] / "docs" / "cli.md").read_text()
+    app = typer.main.get_command(cli.app)
+    for name, command in app.commands.items():
+        rows = [line for line in page.splitlines() if line.startswith(f"| `trl-sync {name}")]
+        assert rows, name
+        codes = re.findall(r"\b\d\b", re.split(r"Exit codes:", command.help or "")[-1])
+        # 2 is said of all commands below the table.
+        assert set(codes) - {"2"} <= set(re.findall(r"\b\d\b", " ".join(rows)))
+        if name == "env":
+            continue  # the sizes of --plan are on the page of memory
+        flags = {o for p in command.params for o in p.opts if o.startswith("--")} - {"--json"}
+        assert flags <= set(re.findall(r"--[a-z-]+", " ".join(rows))), name
+
+
 def test_silence_on_a_fault_ends_with_code_1(call: Call, monkeypatch: pytest.MonkeyPatch) -> None:
     ranks = [replace(o, message=None, findings=(), log="its own words") for o in (NAMED, STRUCK)]
     monkeypatch.setattr(demo, "run_ranks", lambda *_: ranks)
@@ -484,6 +537,14 @@ def test_a_base_is_compared_on_demand(call: Call, checkpoint: Path, tmp_path: Pa
     done = call("verify", checkpoint, "--base", tmp_path / "other")
     assert done.code == 1
     assert FROZEN in done.out
+
+
+def test_a_base_that_is_not_there_is_an_error(call: Call, checkpoint: Path, tmp_path: Path) -> None:
+    done = call("verify", checkpoint, "--base", tmp_path / "nowhere")
+    assert done.code == 2
+    assert done.err.startswith("error: ")
+    assert "nowhere" in done.err
+    assert done.err.count("\n") == 1
 
 
 def test_a_checkpoint_without_manifest_is_an_error(call: Call, checkpoint: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
+import platform
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -43,6 +44,11 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 # Without --plan
 
 
+def content_of_versions(call: Call) -> dict[str, str]:
+    versions: dict[str, str] = json.loads(call("--json")[1])["versions"]
+    return versions
+
+
 def test_versions_devices_and_engines(call: Call) -> None:
     code, out, _ = call()
     assert code == 0
@@ -51,6 +57,9 @@ def test_versions_devices_and_engines(call: Call) -> None:
     for package in ("torch", "transformers", "trl", "peft", "accelerate", "bitsandbytes"):
         assert rows[package] == importlib.metadata.version(package)
     assert rows["python"] == sys.version.split()[0]
+    assert f"system         {platform.platform()}" in out
+    assert content_of_versions(call)["CUDA of torch"] == (torch.version.cuda or "none")
+    assert "triton" in rows
     content = json.loads(call("--json")[1])
     assert content["versions"]["torch"] == importlib.metadata.version("torch")
     assert set(content) == {"versions", "devices", "engines", "abilities", "known_problems"}

@@ -118,6 +118,18 @@ def test_the_sdist_has_recipes_documents_and_tests(installed: Installed) -> None
     assert {"recipes/ppo.py", "docs/audit.md", "tests/conftest.py", "LICENSE"} <= names
 
 
+def test_the_sdist_installs_what_the_wheel_does(installed: Installed, tmp_path: Path) -> None:
+    options = ["--quiet", "--no-deps", "--target", str(tmp_path / "from_sdist")]
+    installed.run("pip", "install", *options, str(installed.sdist), cwd=tmp_path)
+    found = {
+        str(path.relative_to(tmp_path / "from_sdist"))
+        for path in (tmp_path / "from_sdist" / "trl_sync").rglob("*.py")
+    }
+    with zipfile.ZipFile(installed.wheel) as wheel:
+        expected = {name for name in wheel.namelist() if name.endswith(".py")}
+    assert found == expected
+
+
 def test_dependencies_have_no_conflicts(installed: Installed, tmp_path: Path) -> None:
     assert "No broken requirements" in installed.run("pip", "check", cwd=tmp_path)
 

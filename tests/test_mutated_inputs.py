@@ -43,6 +43,7 @@ from trl_sync.backbone.loading import initialise_value, load_reward_model, load_
 from trl_sync.backbone.model_files import load_weights, save_weights
 from trl_sync.backbone.reward_adapter import can_share_a_base
 from trl_sync.cli import main
+from trl_sync.cli.report import show_report
 from trl_sync.errors import AuditError, CheckpointError, ConfigError, RewardError
 from trl_sync.ppo.prompts import PromptDataset
 from trl_sync.ppo.resume_checks import last_whole_checkpoint
@@ -814,6 +815,8 @@ def test_a_run_writes_down_no_secrets(tmp_path: Path, monkeypatch: pytest.Monkey
     trainer = make_trainer(tmp_path)
     trainer.add_callback(SyncAuditCallback())
     trainer.train()
+    show_report([tmp_path / "out"], as_json=False, html=True, output=None)
+    assert (tmp_path / "out" / "report.html").is_file()
     written = b"".join(content or b"" for content in tree(tmp_path).values())
     journal = (tmp_path / "out" / "sync_audit.jsonl").read_text()
     assert '"event": "end"' in journal

@@ -76,7 +76,14 @@ class PreTrainedModelWrapper(nn.Module, PushToHubMixin):
 
     `pretrained_model` is the model, `v_head` the head, `is_peft_model` whether the model is PEFT's.
     The state of the module is what is saved: the model's own names without a prefix and
-    `v_head.*`; of a PEFT model the head alone.
+    `v_head.*`; of a PEFT model the head alone. `kwargs` are the options of the value head, see
+    `from_pretrained`, which fills in the other arguments. Names, arguments and files are those of
+    the classes that TRL has removed.
+
+    Raises:
+        ConfigError: an option that a value head does not have, a `v_head_init_strategy` other than
+            "normal", a model that is partly offloaded, or one whose config does not tell the size
+            of its hidden states.
     """
 
     transformers_parent_class: ClassVar[Any] = None
@@ -144,8 +151,10 @@ class PreTrainedModelWrapper(nn.Module, PushToHubMixin):
         there is none a new one is drawn.
 
         Raises:
-            ConfigError: arguments that do not go together or are of the wrong type.
-            CheckpointError: the folder holds value heads that contradict each other.
+            ConfigError: arguments that do not go together or are of the wrong type, an adapter
+                that cannot be read or does not fit, or as the class itself.
+            CheckpointError: the saved value head cannot be read, does not fit the model, or
+                contradicts another one in the folder.
         """
         peft_config = kwargs.pop("peft_config", None)
         reward_adapter = kwargs.pop("reward_adapter", None)
@@ -212,10 +221,11 @@ class PreTrainedModelWrapper(nn.Module, PushToHubMixin):
         adapter_name: str = "reward_model_adapter",
         token: Any = None,
     ) -> nn.Module:
-        """Adds a frozen reward adapter to a PEFT model; returns its score head.
+        """Adds a frozen reward adapter to a PEFT model; returns its score head, H -> labels.
 
         Raises:
             ConfigError: the adapter is not there or has no score head.
+            CheckpointError: its weights cannot be read.
         """
         state = read_score_head(adapter_model_id, {"token": token})
         pretrained_model.load_adapter(adapter_model_id, adapter_name, is_trainable=False)
@@ -279,7 +289,8 @@ class PreTrainedModelWrapper(nn.Module, PushToHubMixin):
     ) -> tuple[Any, ...]:
         """`(logits, loss, value)`: (B, T, V) in fp32, None without `labels`, and (B, T).
 
-        With `return_past_key_values` the cache is the fourth.
+        Values are in the precision of the head, fp32 unless cast. Of an encoder-decoder T are the
+        tokens of the decoder. With `return_past_key_values` the cache is the fourth.
         """
         kwargs["output_hidden_states"] = True
         if past_key_values is not None:
@@ -297,7 +308,7 @@ class PreTrainedModelWrapper(nn.Module, PushToHubMixin):
         raise NotImplementedError
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
-        """The `generate` of the wrapped model."""
+        """The `generate` of the wrapped model, with its arguments and results."""
         return self.pretrained_model.generate(*args, **kwargs)
 
     def prepare_inputs_for_generation(self, *args: Any, **kwargs: Any) -> Any:
@@ -395,7 +406,7 @@ class AutoModelForCausalLMWithValueHead(PreTrainedModelWrapper):
     """A causal language model with a value head.
 
     Raises:
-        ConfigError: the model is an encoder-decoder.
+        ConfigError: the model is an encoder-decoder, or as `PreTrainedModelWrapper`.
     """
 
     transformers_parent_class = AutoModelForCausalLM
@@ -417,7 +428,7 @@ class AutoModelForSeq2SeqLMWithValueHead(PreTrainedModelWrapper):
     """An encoder-decoder model with a value head on the decoder.
 
     Raises:
-        ConfigError: the model has no LM head, or no encoder.
+        ConfigError: the model has no LM head, or no encoder, or as `PreTrainedModelWrapper`.
     """
 
     transformers_parent_class = AutoModelForSeq2SeqLM

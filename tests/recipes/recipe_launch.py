@@ -13,7 +13,7 @@ ROOT = Path(__file__).parents[2]
 
 
 def launch(
-    recipe: str, *arguments: str, ranks: int = 1, cwd: Path = ROOT
+    recipe: str, *arguments: str, ranks: int = 1, cwd: Path = ROOT, timeout_s: float = 280
 ) -> subprocess.CompletedProcess[str]:
     """`recipes/<recipe>` on that many CPU ranks, one thread each; what it printed, and its end."""
     config = ROOT / f"recipes/accelerate_configs/cpu_{ranks}.yaml"
@@ -25,5 +25,5 @@ def launch(
         env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
-        timeout=280,
+        timeout=timeout_s,
     )

@@ -12,8 +12,6 @@ import pytest
 from recipe_launch import launch
 from trl_sync.audit.journal import JOURNAL_NAME, read_journal
 
-SHORT = ["--max_steps", "4", "--save_strategy", "no"]
-
 pytestmark = pytest.mark.slow
 
 
@@ -43,15 +41,17 @@ def test_sft_on_one_process(tmp_path: Path) -> None:
 
 
 @pytest.mark.ranks
-def test_sft_on_two_ranks_without_flags_for_cpus(tmp_path: Path) -> None:
-    done = launch("sft_audited.py", *SHORT, "--output_dir", str(tmp_path), ranks=2)
-    assert_silent(tmp_path, done, ranks=2)
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_sft_without_flags(ranks: int, tmp_path: Path) -> None:
+    done = launch("sft_audited.py", "--output_dir", str(tmp_path), ranks=ranks)
+    assert_silent(tmp_path, done, ranks=ranks)
 
 
 @pytest.mark.ranks
-def test_dpo_with_adapters_on_two_ranks(tmp_path: Path) -> None:
-    done = launch("dpo_audited.py", *SHORT, "--output_dir", str(tmp_path), ranks=2)
-    assert_silent(tmp_path, done, ranks=2)
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_dpo_with_adapters(ranks: int, tmp_path: Path) -> None:
+    done = launch("dpo_audited.py", "--output_dir", str(tmp_path), ranks=ranks)
+    assert_silent(tmp_path, done, ranks=ranks)
     assert (tmp_path / "adapter_model.safetensors").is_file()
     (begin,) = events(tmp_path, "begin")
     # The base of the embedded default has 30 tensors.
@@ -60,7 +60,7 @@ def test_dpo_with_adapters_on_two_ranks(tmp_path: Path) -> None:
 
 @pytest.mark.ranks
 def test_dpo_without_adapters_audits_the_reference_model(tmp_path: Path) -> None:
-    arguments = [*SHORT, "--use_peft", "false", "--output_dir", str(tmp_path)]
+    arguments = ["--use_peft", "false", "--output_dir", str(tmp_path)]
     assert_silent(tmp_path, launch("dpo_audited.py", *arguments, ranks=2), ranks=2)
     (begin,) = events(tmp_path, "begin")
     assert begin["roles"]["reference"] == {"trainable": False, "parameters": 30}
@@ -80,11 +80,21 @@ def test_the_drill_names_the_fault(fault: str, cause: str, step: int, tmp_path: 
     assert done.stdout.count("The audit says") == 1
 
 
+@pytest.mark.ranks
+@pytest.mark.parametrize("ranks, cause", [(1, "frozen_changed"), (2, "gradient_not_reduced")])
+def test_the_drill_without_arguments(ranks: int, cause: str, tmp_path: Path) -> None:
+    done = launch("audit_demo.py", cwd=tmp_path, ranks=ranks)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert f"See docs/errors.md#{cause}" in done.stdout
+    assert list(tmp_path.iterdir()) == [tmp_path / "runs"]
+
+
 @pytest.mark.parametrize(
     "fault, complaint",
     [
         ("nonsense", "no fault or cause is called 'nonsense'"),
         ("byte_flipped", "byte_flipped strikes no model in training"),
+        ("forward_unwrapped", "the fault for update 3 did not strike rank 0"),
     ],
 )
 def test_a_fault_that_cannot_be_drilled_is_one_line(
@@ -100,7 +110,7 @@ def test_a_fault_that_cannot_be_drilled_is_one_line(
 @pytest.mark.parametrize("ranks", [1, 2])
 @pytest.mark.parametrize("kind", ["reward", "grpo", "rloo"])
 def test_trainers_with_adapters(kind: str, ranks: int, tmp_path: Path) -> None:
-    done = launch(f"{kind}_audited.py", *SHORT, "--output_dir", str(tmp_path), ranks=ranks)
+    done = launch(f"{kind}_audited.py", "--output_dir", str(tmp_path), ranks=ranks)
     assert_silent(tmp_path, done, ranks=ranks)
     assert (tmp_path / "adapter_model.safetensors").is_file()
 
@@ -108,8 +118,7 @@ def test_trainers_with_adapters(kind: str, ranks: int, tmp_path: Path) -> None:
 @pytest.mark.ranks
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_a_loop_of_ones_own(ranks: int, tmp_path: Path) -> None:
-    arguments = ["--max_steps", "5", "--output_dir", str(tmp_path)]
-    done = launch("accelerate_loop_audited.py", *arguments, ranks=ranks)
+    done = launch("accelerate_loop_audited.py", "--output_dir", str(tmp_path), ranks=ranks)
     assert_silent(tmp_path, done, ranks=ranks)
     assert done.stdout.count("step 5: loss ") == 1
     assert (tmp_path / "model.safetensors").is_file()

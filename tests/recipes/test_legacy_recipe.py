@@ -23,9 +23,9 @@ def printed_by(folder: Path, *flags: str, ranks: int) -> str:
 
 @pytest.mark.slow
 def test_the_reward_rises(tmp_path: Path) -> None:
-    printed = printed_by(tmp_path, "--steps", "1280", ranks=1)
+    printed = printed_by(tmp_path, ranks=1)
     scores = [float(text) for text in re.findall(r"^step \d+: score (\S+),", printed, re.M)]
-    assert len(scores) == 10
+    assert len(scores) == 20
     # The scores of single answers have a standard deviation of 1; a batch has 128.
     assert sum(scores[-3:]) / 3 > sum(scores[:3]) / 3 + 0.5
     saved = AutoModelForCausalLMWithValueHead.from_pretrained(

@@ -61,11 +61,13 @@ class SyncAuditor:
     `AuditConfig`. `accelerator` is accelerate's `Accelerator` or state; `model` and `optimizer` may
     be wrapped or not.
 
-    It reads tensors and exchanges checksums: no weight, gradient, mode or random state changes.
+    It reads tensors and exchanges checksums: no weight, gradient, mode or random state changes,
+    unless `on_desync="repair"` has something to repair.
 
     Raises:
         ConfigError: an option that cannot work.
-        DesyncError: from the audits, with `on_desync="raise"`; on every rank at the same step.
+        DesyncError: from the audits, with `on_desync="raise"`, or with `"repair"` where that fails;
+            on every rank at the same step. With any option, if a rank is gone.
     """
 
     # Made by `begin()`.
@@ -98,7 +100,13 @@ class SyncAuditor:
     def attach(self) -> SyncAuditor:
         """Audits around every optimizer step from now on; begins with a full audit.
 
-        Usable as a context manager, which detaches at the end. Every rank must call it.
+        Usable as a context manager, which ends with `finish()` and detaches. Every rank must call
+        it.
+
+        Raises:
+            ConfigError: the optimizer has no hooks around its steps, or as `begin()`.
+            DesyncError: as `begin()`.
+            AuditError: as `begin()`.
         """
         self.begin()
         self._attached = True
@@ -139,7 +147,10 @@ class SyncAuditor:
 
     @contextlib.contextmanager
     def pause(self, reason: str) -> Iterator[None]:
-        """Around evaluation, saving or rollouts, where ranks may be far apart in time."""
+        """Around evaluation, saving or rollouts, where ranks may be far apart in time.
+
+        Within the block this rank is never named for lagging behind the others.
+        """
         with self.watch.pause(reason):
             yield
 
@@ -147,6 +158,7 @@ class SyncAuditor:
         """Frozen tensors may move from now on if they do so on all ranks alike; warned about once.
 
         For reference models that follow the policy, or adapters merged for an inference engine.
+        Calls `begin()`, and raises what it does, if nobody has.
         """
         self.begin()
         self._snapshotter.declared_sync = reason
@@ -155,7 +167,11 @@ class SyncAuditor:
         """The trainable parameters have been set on purpose since the last update, on all ranks.
 
         Every rank calls it, between the edit and the next update. Collective where verdicts come
-        late: the one on the last update, which knows nothing of the edit, is waited for.
+        late: the one on the last update, which knows nothing of the edit, is waited for. Calls
+        `begin()`, and raises what it does, if nobody has.
+
+        Raises:
+            DesyncError: as `drain()`.
         """
         self.begin()
         if not self.should_stop:
@@ -166,8 +182,13 @@ class SyncAuditor:
     def check(self, step: int | None = None) -> SyncReport:
         """Audits everything as it is now, all of the frozen state included. Collective.
 
+        `step` is the number of updates that are done; by default, as `after_update` said last.
+        Calls `begin()`, and raises what it does, if nobody has.
+
         Raises:
-            DesyncError: ranks differ, with `on_desync="raise"`; else the report says so.
+            DesyncError: ranks differ, with `on_desync="raise"`; else the report says so. With
+                `"repair"`: a repair failed. With any option: a rank is gone.
+            AuditError: the audit has ended, with `detach()` or a desync.
         """
         self.begin()
         with self._timed(), self.watch.waiting():
@@ -182,12 +203,14 @@ class SyncAuditor:
     def begin(self, step: int = 0, *, wants_fsdp: bool = False) -> None:
         """Makes the group, proves that the audit works, audits everything once. Collective.
 
+        Nothing, if it was called before. `step` is the number of updates that are done.
         `wants_fsdp`: the training arguments ask for FSDP, which must run then.
 
         Raises:
-            DesyncError: ranks do not start alike, or are not distributed at all.
+            DesyncError: ranks are not distributed at all, or do not start alike; the latter as
+                `check()`.
             ConfigError: `on_desync="repair"` with state that is sharded.
-            AuditError: the self-test failed.
+            AuditError: the self-test failed, or a rank has not begun within 10 `timeout_s`.
         """
         if self._begun:
             return
@@ -213,7 +236,11 @@ class SyncAuditor:
     def before_update(self, step: int) -> None:
         """Gradients are final, the optimizer has not moved: the last look before update `step`.
 
-        Under DeepSpeed, which updates inside `backward`, that look was taken there.
+        Under DeepSpeed, which updates inside `backward`, that look was taken there. Collective
+        where the verdict on the last update is still to come.
+
+        Raises:
+            DesyncError: as `drain()`.
         """
         if not self._hooks.inside_backward:
             self._look_before(step)
@@ -226,7 +253,14 @@ class SyncAuditor:
                 self._snapshotter.before_update(updated_since=self._hooks.updates > 0)
 
     def after_update(self, step: int) -> SyncReport | None:
-        """Update `step` is done; the report, or None if it comes later or is not due."""
+        """Update `step` is done; the report, or None if it comes later or is not due.
+
+        Collective where a report is due now.
+
+        Raises:
+            DesyncError: as `check()`.
+            AuditError: the audit has ended.
+        """
         self.watch.advance(step, Phase.AFTER_UPDATE)
         self._step = step
         report = None
@@ -251,13 +285,24 @@ class SyncAuditor:
             self.watch.begin_pause("an error")
 
     def drain(self) -> None:
-        """Waits for a verdict that is still to come."""
+        """Waits for a verdict that is still to come; then collective.
+
+        Raises:
+            DesyncError: as `check()`.
+        """
         if self._delayed is not None:
             snapshot, self._delayed = self._delayed, None
             self._settle(snapshot)
 
     def finish(self) -> AuditSummary:
-        """A last full audit; the summary goes to the journal. Collective."""
+        """A last full audit; the summary goes to the journal. Collective.
+
+        Without the audit if `should_stop`.
+
+        Raises:
+            DesyncError: as `check()`.
+            AuditError: as `check()`.
+        """
         self.begin()
         if not self.should_stop:
             self.check()
@@ -266,7 +311,7 @@ class SyncAuditor:
         return summary
 
     def summary(self) -> AuditSummary:
-        """What was done so far."""
+        """What was done so far, on this rank."""
         elapsed_s = max(time.perf_counter() - self._started_s, 1e-9)
         return AuditSummary(
             audits=self._num_audits,
@@ -287,15 +332,18 @@ class SyncAuditor:
 
     @property
     def last_equal_step(self) -> int | None:
-        """The last step after which all ranks were known to be equal."""
+        """The last step after which all ranks were known to be equal; None before there is one."""
         return None if self._judge is None else self._judge.last_equal_step
 
     def listen(self, listener: Listener) -> None:
-        """From `begin()` on, the main process calls it with every event of the journal."""
+        """From `begin()` on, the main process calls it with name and fields of each journal event.
+
+        To be called before `begin()`.
+        """
         self._listeners.append(listener)
 
     def note(self, event: str, **fields: Any) -> None:
-        """Adds a line to the journal."""
+        """Adds a line to the journal, on the main process; elsewhere nothing happens."""
         self.reaction.journal.write(event, **fields)
 
     def refuse(self, finding: Finding) -> DesyncError:

@@ -29,7 +29,8 @@ class SyncAuditCallback(TrainerCallback):
 
     Raises:
         ConfigError: an option that cannot work.
-        DesyncError: during training, on every rank at the same step.
+        DesyncError: during training, on every rank at the same step; see `SyncAuditor.check`.
+        AuditError: as training begins, see `SyncAuditor.begin`.
     """
 
     def __init__(self, **options: Any) -> None:
@@ -53,10 +54,21 @@ class SyncAuditCallback(TrainerCallback):
         return self._auditor
 
     def summary(self) -> AuditSummary:
-        """What the last training's audit did."""
+        """What the last training's audit did, or that of the training under way so far.
+
+        Raises:
+            RuntimeError: training has not begun.
+        """
         return self._summary if self._summary is not None else self.auditor.summary()
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Makes the auditor and audits everything; of a resumed run also the checkpoint's manifest.
+
+        Raises:
+            ConfigError: as `SyncAuditor.begin`.
+            AuditError: as `SyncAuditor.begin`.
+            DesyncError: as `SyncAuditor.begin`, or what was loaded is not what was saved.
+        """
         self.close()
         self._summary, self._paused = None, False
         self._auditor = SyncAuditor(
@@ -78,33 +90,68 @@ class SyncAuditCallback(TrainerCallback):
         self._pause("training to begin")
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """From here on this rank is named if it lags."""
         self._resume()
         self.auditor.begin_step(state.global_step + 1)
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """`SyncAuditor.before_update`.
+
+        Raises:
+            DesyncError: as that.
+        """
         self.auditor.before_update(state.global_step + 1)
 
     def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """`SyncAuditor.after_update`; after a desync with `on_desync="stop"`, saves and ends.
+
+        Raises:
+            DesyncError: as that.
+        """
         self.auditor.after_update(state.global_step + 1)
         self._stops(args, control)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Audits everything before a save; waits for late verdicts before evaluation and the end.
+
+        Raises:
+            DesyncError: as `SyncAuditor.check`.
+        """
         self._pause("work between two steps")
         self._before_save_or_evaluation(args, control)
 
     def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """As `on_step_end`, for what is due at the end of an epoch.
+
+        Raises:
+            DesyncError: as `SyncAuditor.check`.
+        """
         self._before_save_or_evaluation(args, control)
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Writes `sync_manifest.json` into the checkpoint, unless `manifest=False`. Collective.
+
+        Raises:
+            DesyncError: as `SyncAuditor.check`, if this step was not audited yet.
+        """
         if self._config.manifest:
             folder = Path(args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
             write_checkpoint_manifest(self.auditor, folder, state.global_step)
 
     def on_log(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Sends the audit's figures to wandb, trackio and TensorBoard, where `report_to` has them.
+
+        The main process does.
+        """
         if self._trackers is not None:
             self._trackers.log_figures(self.auditor.summary(), state.global_step)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """A last full audit; the main process prints the summary.
+
+        Raises:
+            DesyncError: as `SyncAuditor.finish`.
+        """
         self._pause("training to end")
         if args.load_best_model_at_end:
             self.auditor.expect_edits()

@@ -18,20 +18,23 @@ AUTO = "auto"
 class AuditConfig:
     """Options of `SyncAuditCallback` and `SyncAuditor`, which take them as keywords.
 
-    | option | meaning |
-    |---|---|
-    | `every_steps` | audit the trainable state at every Nth optimizer step |
-    | `frozen_cover_steps` | every frozen byte is checked once within this many audits |
-    | `scopes` | names out of `Scope`; `None`: all |
-    | `modules` | further models by role name, e.g. `{"reference": ref_model}` |
-    | `on_desync` | `raise`, `warn`, `stop` (unverified checkpoint, then end) or `repair` |
-    | `journal` | a file; `"auto"`: `sync_audit.jsonl` in the output folder; `None`: none |
-    | `timeout_s` | how long a rank may lag behind the others before it is named |
-    | `blocking` | verdict at the same step; `None`: on CPU, while on GPU it is one step late |
-    | `self_test` | prove at the start, with one flipped bit on one rank, that the audit sees it |
-    | `manifest` | write `sync_manifest.json` beside every checkpoint and verify it on resume |
-    | `resume_from` | the checkpoint this run continues, if it is not in the output folder |
-    | `on_event` | called on the main process with the name and fields of every journal event |
+    | option | default | meaning |
+    |---|---|---|
+    | `every_steps` | `1` | audit the trainable state at every Nth optimizer step |
+    | `frozen_cover_steps` | `64` | every frozen byte is checked once within this many audits |
+    | `scopes` | `None` | names out of those below; `None`: all |
+    | `modules` | `{}` | further models by role name, e.g. `{"reference": ref_model}` |
+    | `on_desync` | `"raise"` | `raise`, `warn`, `stop` (unverified checkpoint, end) or `repair` |
+    | `journal` | `"auto"` | a file; `"auto"`: `sync_audit.jsonl` in the output folder; or `None` |
+    | `timeout_s` | `60.0` | how long a rank may lag before it is named and all end (exit code 75) |
+    | `blocking` | `None` | verdict at the same step, else one late; `None`: on CPU, or to repair |
+    | `self_test` | `True` | prove at the start, with a flipped bit on one rank, that it is seen |
+    | `manifest` | `True` | write `sync_manifest.json` beside each checkpoint, verify it on resume |
+    | `resume_from` | `None` | the checkpoint this run continues, if not in the output folder |
+    | `on_event` | `None` | called on the main process with name and fields of each journal event |
+
+    Scopes: `trainable`, `gradients`, `frozen`, `quantization`, `buffers`, `optimizer`, `roles`,
+    `rng`.
 
     Raises:
         ConfigError: names the option that cannot work.

@@ -213,8 +213,9 @@ class SyncReport:
 class AuditSummary:
     """What the audit did in a run.
 
-    `desyncs` counts audits that found something new and fatal. `seconds` were spent inside the
-    audit, and are `share_of_step` of the training time.
+    `audits` counts all, those at start and end included; `desyncs` those that found something new
+    and fatal. `size_bytes` were hashed on this rank. `seconds` were spent inside the audit, and are
+    `share_of_step` (0 to 1) of the training time.
     """
 
     audits: int

@@ -95,7 +95,7 @@ class OldCheckpointingNames:
     def gradient_checkpointing_enable(
         self, gradient_checkpointing_kwargs: dict[str, Any] | None = None, **kwargs: Any
     ) -> None:
-        """The older name of `activation_checkpointing_enable`."""
+        """The older name of `activation_checkpointing_enable`, with its arguments and errors."""
         enable: Any = getattr(self, "activation_checkpointing_enable")  # noqa: B009 - of a mixin
         enable(gradient_checkpointing_kwargs, **kwargs)
 

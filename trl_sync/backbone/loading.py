@@ -100,11 +100,13 @@ def load_shared_backbone(
     the value adapter starts from it too. `value_init_path` names a reward model: its adapter (if
     it is one) becomes the initial value adapter and its score head the initial value head.
     `reward_adapter` names a reward adapter trained on this base, which then scores responses: see
-    `SharedBackbone.add_reward_adapter`.
+    `SharedBackbone.add_reward_adapter`. `options` go to `from_pretrained` of the base (dtype,
+    revision, attn_implementation, ...).
 
     Raises:
-        ConfigError: `peft_config` was given together with an SFT adapter, the reward model does
-            not fit the base, or an option is not supported.
+        ConfigError: `peft_config` was given together with an SFT adapter, an adapter cannot be read
+            or does not fit its base, its base cannot be loaded, the reward model does not fit the
+            base, the quantization does not work on this device, or as `SharedBackbone`.
     """
     folder = adapter_folder(model_name_or_path)
     if folder is None:
@@ -143,10 +145,14 @@ def load_reward_model(
     quantization_config: BitsAndBytesConfig | None = None,
     **options: Any,
 ) -> PreTrainedModel | PeftModel:
-    """A frozen sequence classifier with one label, full or PEFT.
+    """A frozen sequence classifier with one label, full or PEFT, in evaluation mode.
+
+    `options` go to `from_pretrained`, of an adapter to that of its base.
 
     Raises:
-        ConfigError: the model has more than one label, or no score head.
+        ConfigError: the model has more than one label, or no score head, its adapter cannot be read
+            or put on its base, its base cannot be loaded, or the quantization does not work on this
+            device.
     """
     folder = adapter_folder(model_name_or_path)
     options = {"num_labels": 1, **options}

@@ -57,10 +57,13 @@ def export_merged(
 
     Returns: `folder`.
 
+    Source: `W + scaling * B A`, Hu et al., "LoRA: Low-Rank Adaptation of Large Language Models"
+    (2021), arXiv 2106.09685, equation 3.
+
     Raises:
-        ConfigError: `role` has no LM head, `dtype` is not one of fp32, bf16 and fp16 or cannot hold
-            the weights, the folder holds an adapter or the base itself, or an adapter cannot be
-            merged.
+        ConfigError: `backbone` is another model, `role` has no LM head, `dtype` is not one of fp32,
+            bf16 and fp16 or cannot hold the weights, `folder` is a file or holds an adapter or the
+            base itself, or a weight or an adapter cannot be merged.
     """
     folder = Path(folder)
     _check_arguments(backbone, folder, dtype, role)

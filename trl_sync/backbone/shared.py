@@ -52,11 +52,17 @@ class SharedBackbone(OldCheckpointingNames, nn.Module):
     | reward | after `add_reward_adapter`: base + frozen LoRA `reward`, score head (H -> 1) | no |
 
     `model` is the causal LM that becomes the frozen base (any precision, 4-bit included); it is
-    changed in place. `peft_config` describes the policy adapter, `value_peft_config` the value
-    adapter (default: the same without the LM head). With `reference_adapter=True` a third, frozen
-    adapter holds the reference, for an SFT model that is itself an adapter.
+    changed in place. `peft_config` describes the policy adapter (default: rank 16 on every linear
+    layer but the LM head), `value_peft_config` the value adapter (default: the same without the LM
+    head). With `reference_adapter=True` a third, frozen adapter holds the reference, for an SFT
+    model that is itself an adapter. `logprob_chunk_bytes` is the most that fp32 logits take at a
+    time (default: 64 MiB, on a CPU 16 MiB).
 
     The base stays in evaluation mode: its own dropout never runs. LoRA dropout follows `train()`.
+
+    Sources: Hu et al., "LoRA: Low-Rank Adaptation of Large Language Models" (2021), arXiv
+    2106.09685; on a 4-bit base, Dettmers et al., "QLoRA: Efficient Finetuning of Quantized LLMs"
+    (2023), arXiv 2305.14314.
 
     Raises:
         ConfigError: the model already has adapters, its LM head is unknown, the LoRA options are
@@ -145,7 +151,7 @@ class SharedBackbone(OldCheckpointingNames, nn.Module):
         return REWARD in self.roles
 
     def reward_fingerprint(self) -> str | None:
-        """A checksum of the reward adapter and its head; None without one.
+        """A checksum of the reward adapter and its head, 32 hex digits; None without one.
 
         A run that continues must score as before.
         """
@@ -160,12 +166,12 @@ class SharedBackbone(OldCheckpointingNames, nn.Module):
 
     @property
     def policy(self) -> RoleView:
-        """The policy as scripts expect a model."""
+        """The policy as scripts expect a model: to call, to generate with, to save."""
         return RoleView(self, POLICY)
 
     @property
     def value_model(self) -> RoleView:
-        """The value model as scripts expect a model."""
+        """The value model as scripts expect a model; its `logits` [B, T, 1] are the values."""
         return RoleView(self, VALUE)
 
     @property
@@ -200,6 +206,8 @@ class SharedBackbone(OldCheckpointingNames, nn.Module):
         **kwargs: Any,
     ) -> None:
         """Recompute activations in backward, each slice through the adapter it had in forward.
+
+        `activation_checkpointing_kwargs` are arguments of torch's `checkpoint`.
 
         Raises:
             ConfigError: reentrant checkpointing was asked for, which cannot carry the routes.
@@ -271,6 +279,10 @@ class SharedBackbone(OldCheckpointingNames, nn.Module):
         Runs in evaluation mode: checkpointed layers in training mode would drop the cache.
         Nothing is inherited from the model's own generation config: a repetition penalty stored
         there would make the sampling distribution differ from the one PPO takes gradients of.
+        Prompts are padded on the left. `kwargs` go to transformers' `generate`.
+
+        Raises:
+            ConfigError: `role` has no language model.
         """
         if role not in (POLICY, REFERENCE):
             raise ConfigError(f"role={role!r} has no language model: use 'policy' or 'reference'.")
@@ -314,7 +326,11 @@ class SharedBackbone(OldCheckpointingNames, nn.Module):
         return states
 
     def frozen_tensors(self) -> Iterator[tuple[str, Tensor]]:
-        """The base, of which nothing may differ when a run continues."""
+        """The base, of which nothing may differ when a run continues.
+
+        Parameters, buffers and quantization state, under the names they have without adapters;
+        4-bit weights as bytes, [number, 1].
+        """
         yield from base_tensors(self.causal_model)
 
     def check_roles(self) -> None:

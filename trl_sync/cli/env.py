@@ -22,7 +22,9 @@ from trl_sync._version import __version__
 from trl_sync.cli.console import make_console, make_table
 from trl_sync.cli.report import escape
 
-PACKAGES = ("torch", "transformers", "trl", "peft", "accelerate", "bitsandbytes", "deepspeed")
+PACKAGES = (
+    *("torch", "triton", "transformers", "trl", "peft", "accelerate", "bitsandbytes", "deepspeed"),
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -35,7 +37,12 @@ class Ability:
 
 def show_environment(*, as_json: bool) -> None:
     """Prints versions, devices, engines and known problems. Nothing is written."""
-    versions = {"trl_sync": __version__, "python": platform.python_version()}
+    versions = {
+        "trl_sync": __version__,
+        "python": platform.python_version(),
+        "system": platform.platform(),
+        "CUDA of torch": torch.version.cuda or "none",
+    }
     versions |= {name: installed_version(name) or "not installed" for name in PACKAGES}
     devices, engines, abilities = list_devices(), list_engines(), list_abilities()
     problems = list(known_problems())

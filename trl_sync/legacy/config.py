@@ -25,7 +25,7 @@ _POSITIVE = (
 @refuses_newer_settings
 @dataclass
 class PPOConfig:
-    """The settings of `trl_sync.legacy.PPOTrainer`.
+    """The settings of `trl_sync.legacy.PPOTrainer`: the fields and defaults of TRL 0.11.
 
     Sizes are those of one process. `batch_size` is what one `step` gets; it is cut into
     `batch_size / (mini_batch_size x gradient_accumulation_steps)` optimizer updates, and passed
@@ -33,7 +33,8 @@ class PPOConfig:
     effect, and `use_score_norm` without `use_score_scaling` is an error.
 
     Raises:
-        ConfigError: sizes that do not divide, or a setting out of its range.
+        ConfigError: sizes that do not divide, a setting out of its range, or one that belongs to
+            `trl_sync.PPOConfig`.
     """
 
     exp_name: str = field(
@@ -174,11 +175,19 @@ class PPOConfig:
         self.total_ppo_epochs = math.ceil(self.steps / self.batch_size)
 
     def to_dict(self) -> dict[str, Any]:
-        """The fields as plain data; nested ones as `outer/inner`."""
+        """The fields as plain data; nested ones as `outer/inner`.
+
+        Raises:
+            ValueError: the name of a nested one contains `/`.
+        """
         return flatten_dict(asdict(self) | {"total_ppo_epochs": self.total_ppo_epochs})
 
     def options(self, name: str) -> dict[str, Any]:
-        """A field that holds further arguments, such as `tracker_kwargs`."""
+        """A field that holds further arguments, such as `tracker_kwargs`; empty if it is None.
+
+        Raises:
+            ConfigError: it is neither a dictionary nor one in JSON.
+        """
         return _parsed(name, getattr(self, name))
 
     def _take_older_names(self) -> None:

@@ -17,9 +17,14 @@ _MAX_ERROR = 0.2
 
 
 class AdaptiveKLController:
-    """A KL coefficient that is steered towards a target KL.
+    """A KL coefficient, `value`, that is steered towards a target KL.
 
-    Source: Ziegler et al., "Fine-Tuning Language Models from Human Preferences" (2019), 2.2.
+    `target` is in nats a response, `horizon` in episodes. After n episodes whose mean KL was k:
+
+        value *= 1 + clip(k / target - 1, -0.2, 0.2) * n / horizon
+
+    Source: Ziegler et al., "Fine-Tuning Language Models from Human Preferences" (2019), arXiv
+    1909.08593, 2.2.
     """
 
     def __init__(self, init_kl_coef: float, target: float, horizon: float) -> None:
@@ -28,13 +33,13 @@ class AdaptiveKLController:
         self.horizon = horizon
 
     def update(self, current: float, n_steps: int) -> None:
-        """Adapts `value` to a mean KL of `current` nats over `n_steps` episodes."""
+        """Adapts `value` to a mean KL of `current` nats a response over `n_steps` episodes."""
         error = max(-_MAX_ERROR, min(_MAX_ERROR, float(current) / self.target - 1))
         self.value *= 1 + error * n_steps / self.horizon
 
 
 class FixedKLController:
-    """A KL coefficient that stays."""
+    """A KL coefficient, `value`, that stays."""
 
     def __init__(self, kl_coef: float) -> None:
         self.value = kl_coef
@@ -45,7 +50,11 @@ class FixedKLController:
 
 @dataclass
 class RunningMoments:
-    """Mean and standard deviation of every score so far, over all processes."""
+    """Mean and standard deviation of every score so far, over all processes.
+
+    `std` is the unbiased one, 1 until there are two scores; `var` is divided by `count`, the number
+    of scores.
+    """
 
     accelerator: Accelerator
     mean: float = 0.0
@@ -55,7 +64,11 @@ class RunningMoments:
 
     @torch.no_grad()
     def update(self, xs: Tensor) -> tuple[float, float]:
-        """Adds the scores of this batch; returns their own mean and standard deviation."""
+        """Adds the scores of this batch; returns their own mean and unbiased standard deviation.
+
+        `xs` is of any shape. Both are over all processes; a collective. Source: Chan et al.,
+        "Updating Formulae and a Pairwise Algorithm for Computing Sample Variances" (1979).
+        """
         moments = reward_scaling.RunningMoments()
         moments.load_state_dict(
             {"mean": self.mean, "variance": self.var, "std": self.std, "count": self.count}

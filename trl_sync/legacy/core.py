@@ -40,7 +40,10 @@ WANDB_PADDING = -1
 
 
 class LengthSampler:
-    """Draws lengths from `min_value` to `max_value - 1`, with numpy's global generator."""
+    """Draws a length from `min_value` to `max_value - 1`, each as likely, when it is called.
+
+    With numpy's global generator.
+    """
 
     def __init__(self, min_value: int, max_value: int) -> None:
         self.values = list(range(min_value, max_value))
@@ -173,7 +176,11 @@ def top_k_top_p_filtering(
 def respond_to_batch(
     model: nn.Module, queries: Tensor, txt_len: int = 20, top_k: int = 0, top_p: float = 1.0
 ) -> Tensor:
-    """`txt_len` sampled tokens for each row of `queries` (B, P), which must not be padded."""
+    """`txt_len` sampled tokens for each row of `queries` (B, P), which must not be padded.
+
+    (B, txt_len); nothing ends a response early. `model` returns logits (B, T, V) first, as one with
+    a value head does. `top_k=0` and `top_p=1.0` leave out no token.
+    """
     tokens = queries
     for _ in range(txt_len):
         logits = top_k_top_p_filtering(model(tokens)[0][:, -1], top_k=top_k, top_p=top_p)

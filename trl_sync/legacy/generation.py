@@ -48,8 +48,9 @@ class GenerationMixin:
         For one query that is a tensor (1, length) unless `generation_kwargs` ask for another
         output; for a list each response ends with its first stop token or eos token of the
         tokenizer. `return_prompt` puts the query before its response; `length_sampler` draws
-        `max_new_tokens`. With `generate_ref_response` a pair: the responses of the model and those
-        of the reference.
+        `max_new_tokens`, of a list once for every `batch_size` queries, which are answered
+        together. With `generate_ref_response` a pair: the responses of the model and those of the
+        reference. `generation_kwargs` go to transformers' `generate`.
 
         Raises:
             ConfigError: a query is not a sequence of tokens, or an argument cannot be honoured.

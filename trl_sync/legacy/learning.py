@@ -37,7 +37,11 @@ class LearningMixin:
     def prepare_model_inputs(
         self, queries: list[Tensor], responses: list[Tensor]
     ) -> dict[str, Tensor]:
-        """Queries and responses as padded inputs of the model."""
+        """Queries and responses as padded inputs of the model.
+
+        `input_ids` and `attention_mask`, (B, T). Of an encoder-decoder they are the queries,
+        (B, P), and the responses stand beside them, (B, T), with `decoder_` in front.
+        """
         device = self.current_device
         if not self.is_encoder_decoder:
             pairs = [torch.cat(pair) for pair in zip(queries, responses, strict=True)]
@@ -57,7 +61,12 @@ class LearningMixin:
     ) -> tuple[Tensor, Any, Tensor, Tensor]:
         """Log-probabilities, logits (or None), values and masks, `mini_batch_size` rows at a time.
 
-        Axes as in `trl_sync.legacy.losses`; dropout is off, also in training.
+        Log-probabilities (nats), values and masks are (B, T - 1), logits (B, T - 1, V) in fp32.
+        Without gradients the model is put into evaluation mode; with them its mode stays, and
+        `step` switches dropout off before it calls this.
+
+        Raises:
+            ConfigError: the training data collator has cut sequences.
         """
         size = self.config.mini_batch_size
         decoder = "decoder_" if self.is_encoder_decoder else ""
@@ -103,7 +112,10 @@ class LearningMixin:
         advantages: Tensor,
         returns: Tensor,
     ) -> dict[str, Tensor]:
-        """One backward pass; the optimizer moves at the end of an accumulation."""
+        """One backward pass; the optimizer moves at the end of an accumulation.
+
+        The arguments are those of `loss`; returns its statistics.
+        """
         loss_policy, loss_value, stats = self.loss(
             old_logprobs, values, logits, vpreds, logprobs, mask, advantages, returns
         )
@@ -118,9 +130,15 @@ class LearningMixin:
     def compute_rewards(
         self, scores: Tensor, logprobs: Tensor, ref_logprobs: Tensor, masks: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Rewards, their part without scores, and the KL penalty, each (B, T - 1).
+        """Rewards, their part without scores, and the KL penalty (nats), each (B, T - 1).
 
-        Log-probabilities are those of every token of the vocabulary if `kl_penalty` is "full".
+        `scores` are (B,), log-probabilities and masks (B, T - 1). Log-probabilities are those of
+        every token of the vocabulary, (B, T - 1, V), if `kl_penalty` is "full". A score stands on
+        the last token that counts; the KL penalty is in every column, masked or not.
+
+        Sources: Ziegler et al., "Fine-Tuning Language Models from Human Preferences" (2019), arXiv
+        1909.08593, 2.2; "kl" and "mse" are the estimators k1 and k2 of J. Schulman, "Approximating
+        KL Divergence" (2020).
         """
         rows = zip(logprobs, ref_logprobs, strict=True)
         kls = torch.stack([self._kl_penalty(own, reference) for own, reference in rows])
@@ -134,7 +152,14 @@ class LearningMixin:
     def compute_advantages(
         self, values: Tensor, rewards: Tensor, mask: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Values where they count, advantages whitened over all processes, and returns."""
+        """Values where they count, advantages whitened over all processes, and returns.
+
+        All (B, T - 1). By GAE over the tokens that count: those between them that do not are no
+        steps. A collective.
+
+        Source: Schulman et al., "High-Dimensional Continuous Control Using Generalized Advantage
+        Estimation" (2016), arXiv 1506.02438, equation 16.
+        """
         counted = mask.bool()
 
         def add(tensor: Tensor) -> Tensor:
@@ -159,7 +184,15 @@ class LearningMixin:
         advantages: Tensor,
         returns: Tensor,
     ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-        """Policy loss, `vf_coef` x value loss, and the statistics of a mini-batch."""
+        """Policy loss, `vf_coef` x value loss, and the statistics of a mini-batch.
+
+        Arguments are (B, T - 1), `logits` (B, T - 1, V); `values` are those before the first
+        update, `vpreds` those now. Both losses are means over the tokens that count, and 0 where
+        the mean ratio exceeds `ratio_threshold`, of which a warning tells.
+
+        Sources: Schulman et al., "Proximal Policy Optimization Algorithms" (2017), arXiv
+        1707.06347, equation 7; the clipped value loss of OpenAI's `baselines` PPO2.
+        """
         of_policy, of_value, stats, mean_ratio = losses_and_statistics(
             self.config,
             old_logprobs=old_logprobs,
@@ -180,7 +213,10 @@ class LearningMixin:
         return of_policy, self.config.vf_coef * of_value, stats
 
     def record_step_stats(self, kl_coef: float, **data: Any) -> dict[str, Any]:
-        """The statistics of a step on this process; see `trl_sync.legacy.stats`."""
+        """The statistics of a step on this process, under TRL's names; see `trl_sync.legacy.stats`.
+
+        Warns where the mean KL of the responses is below -1 nat.
+        """
         stats = step_statistics(kl_coef=kl_coef, **data)
         if stats["objective/kl"] < -1.0:
             warnings.warn(

@@ -89,7 +89,8 @@ class SavingMixin:
     ) -> str | None:
         """Uploads what `save_pretrained` saves, from the main process; returns the address.
 
-        Patterns choose among the files, as in `huggingface_hub.HfApi.upload_folder`.
+        On the other processes, which must call it too, None. Patterns choose among the files, as in
+        `huggingface_hub.HfApi.upload_folder`.
 
         Raises:
             ConfigError: a `config`, in place of which the model's own is saved.

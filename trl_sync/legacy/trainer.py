@@ -50,6 +50,13 @@ class PPOTrainer(LearningMixin, GenerationMixin, SavingMixin):
     - `optimizer`: Adam by default. `lr_scheduler` moves once with each `step`.
     - `training_data_collator`: pads queries with their responses. Default: on the right.
 
+    Below, T are the tokens of the longest query with its response (of an encoder-decoder, of the
+    longest response). Of T - 1 columns, column t belongs to token t + 1, whose distribution stands
+    at token t. A mask is 1 on tokens of responses.
+
+    Sources: Schulman et al., "Proximal Policy Optimization Algorithms" (2017), arXiv 1707.06347;
+    Ziegler et al., "Fine-Tuning Language Models from Human Preferences" (2019), arXiv 1909.08593.
+
     Raises:
         ConfigError: something that cannot work.
     """
@@ -147,7 +154,14 @@ class PPOTrainer(LearningMixin, GenerationMixin, SavingMixin):
         )
 
     def prepare_dataloader(self, dataset: Any, data_collator: Any = None) -> Any:
-        """Shuffled batches of the dataset; `dataloader` is made with it."""
+        """Shuffled batches of the dataset; `dataloader` is made with it.
+
+        Each has `config.batch_size` rows; rows that fill no batch are left out.
+
+        Raises:
+            ConfigError: the dataset is of another type, streamed, or smaller than one batch of all
+                processes.
+        """
         return make_dataloader(self.config, self.model, dataset, data_collator)
 
     def step(
@@ -163,10 +177,11 @@ class PPOTrainer(LearningMixin, GenerationMixin, SavingMixin):
         A token whose `response_masks` entry is 0 is no action of the policy: it is neither
         rewarded nor trained. An empty response takes no part. A collective on several processes.
         Returns the statistics; means are over all processes, entries for each sequence or token
-        are those of this one.
+        are those of this one. KL and entropy are in nats, `time/ppo/*` in seconds.
 
         Raises:
-            ConfigError: the lists do not fit together or are not one batch.
+            ConfigError: the lists do not fit together or are not one batch, or the training data
+                collator cuts sequences.
             RewardError: a score is not finite, or another process failed.
         """
         started_s = time.perf_counter()
@@ -344,10 +359,11 @@ class PPOTrainer(LearningMixin, GenerationMixin, SavingMixin):
     ) -> None:
         """Sends statistics and rewards of a step to the trackers; to wandb also the texts.
 
-        A collective on several processes.
+        `rewards` are numbers, one for each episode of this process. A collective on several
+        processes.
 
         Raises:
-            ConfigError: a column to log is not in the batch.
+            ConfigError: a column to log is not in the batch; with wandb alone.
         """
         self.current_step += 1
         log_step(

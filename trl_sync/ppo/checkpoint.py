@@ -75,8 +75,12 @@ class CheckpointMixin(EngineStateMixin):
     def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> Any:
         """Trains; with `resume_from_checkpoint=True` from the last whole checkpoint.
 
+        Or from the folder of one. Returns transformers' `TrainOutput`.
+
         Raises:
-            CheckpointError: there is none, or it belongs to another base or configuration.
+            CheckpointError: there is none, it is not whole, cannot be read, or belongs to another
+                base or configuration; or one could not be saved.
+            RewardError: a score is missing or not finite, or another process failed.
         """
         self._deferred_save = self._deferred_evaluation = self._deferred_stop = False
         if resume_from_checkpoint:

@@ -61,7 +61,7 @@ SIMPLE_CHAT_TEMPLATE = (
 
 @dataclass
 class OnlineTrainerState(TrainerState):
-    """A `TrainerState` that also counts episodes."""
+    """A `TrainerState` that also counts episodes, in `episode`."""
 
     episode: int = 0
 
@@ -72,6 +72,10 @@ class PolicyAndValueWrapper(nn.Module):
     `value_model` is a sequence classifier with a `score` head. Unlike TRL's, its trunk is not
     registered a second time, so `state_dict` holds each tensor once, and checkpointing is switched
     for both models.
+
+    Raises:
+        ConfigError: `value_model` has no `score` head on a trunk, or is a view of a shared
+            backbone.
     """
 
     def __init__(self, policy: Any, value_model: Any) -> None:
@@ -89,13 +93,23 @@ class PolicyAndValueWrapper(nn.Module):
     def gradient_checkpointing_enable(
         self, gradient_checkpointing_kwargs: dict[str, Any] | None = None
     ) -> None:
-        """Recomputes activations in backward, in both models."""
+        """Recomputes activations in backward, in both models.
+
+        The arguments are those of torch's `checkpoint`.
+
+        Raises:
+            ConfigError: one of them cannot.
+        """
         for model in (self.policy, self.value_model):
             enable_checkpointing(model, gradient_checkpointing_kwargs)
         self.is_gradient_checkpointing = True
 
     def gradient_checkpointing_disable(self) -> None:
-        """Keeps activations for backward, in both models."""
+        """Keeps activations for backward, in both models.
+
+        Raises:
+            ConfigError: one of them could never recompute them.
+        """
         for model in (self.policy, self.value_model):
             disable_checkpointing(model)
         self.is_gradient_checkpointing = False
@@ -231,7 +245,11 @@ def masked_whiten(
 ) -> Shaped[Tensor, "*B"]:
     """The values scaled to unit variance where the mask is True, with mean 0 or their own mean.
 
-    Masked positions are scaled too; they do not count in mean and variance.
+    (x - mean) / sqrt(var + 1e-8) with the unbiased variance. Masked positions are scaled too; they
+    do not count in mean and variance.
+
+    Raises:
+        ValueError: the mask is empty.
     """
     mean = masked_mean(values, mask)
     whitened = (values - mean) * torch.rsqrt(masked_var(values, mask) + 1e-8)
@@ -242,7 +260,7 @@ def exact_div(a: int, b: int, custom_error_message: str = "") -> int:
     """`a / b` as an integer.
 
     Raises:
-        ValueError: it is none.
+        ValueError: it is none; the message begins with `custom_error_message`.
     """
     quotient, rest = divmod(a, b)
     if rest:

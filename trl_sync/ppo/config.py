@@ -32,8 +32,16 @@ class PPOConfig(TrainingArguments):
     mini-batch, so after construction the field holds the number of micro-batches of one mini-batch;
     the last of them is smaller if `num_mini_batches` does not divide evenly.
 
+    A step is one optimizer update, an episode one response to one prompt. Names of TRL's older
+    trainers are accepted with a `FutureWarning` where the meaning is the same.
+
+    Sources: `kl_estimator`: J. Schulman, "Approximating KL Divergence" (2020); `kl_target`: Ziegler
+    et al., "Fine-Tuning Language Models from Human Preferences" (2019), arXiv 1909.08593, 2.2;
+    `cliprange_high`: Yu et al., "DAPO" (2025), equation 10; the others: see `PPOTrainer`.
+
     Raises:
-        ConfigError: sizes that do not divide, or a setting out of its range.
+        ConfigError: sizes that do not divide, a setting out of its range, two that contradict each
+            other, or an older name that has no equal here.
     """
 
     if TYPE_CHECKING:  # three fields of TrainingArguments that are set below

@@ -206,7 +206,7 @@ class ModelCardMixin(Trainer):
         """Writes README.md into `output_dir`: what the model is and how it was trained.
 
         Saving writes it anew with the same arguments, but not over one that was written by hand.
-        `push_to_hub` takes the same arguments.
+        `push_to_hub` takes the same arguments. The main process writes.
         """
         self._card_arguments = {
             "model_name": model_name,
@@ -216,7 +216,14 @@ class ModelCardMixin(Trainer):
         save_card(self, self.args.output_dir, replace=True, **self._card_arguments)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """Saves what trains, with a model card; that of a checkpoint lies in `args.output_dir`."""
+        """Saves what trains, with a model card; that of a checkpoint lies in `args.output_dir`.
+
+        The policy and the tokenizer into `output_dir` (default: that of `args`), the value model
+        into `value` below it. Every process calls it.
+
+        Raises:
+            CheckpointError: under DeepSpeed and FSDP2, another process could not write.
+        """
         folder = self.args.output_dir if _internal_call or output_dir is None else output_dir
         save_card(self, folder, replace=False, **self._card_arguments)
         super().save_model(output_dir, _internal_call)

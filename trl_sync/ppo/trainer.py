@@ -81,8 +81,10 @@ class PPOTrainer(TrlAttributes, ModelCardMixin, CheckpointMixin):
 
     A `transformers.Trainer`: clipping, accumulation, schedulers, logging, evaluation, checkpoints
     and callbacks behave as in every other one. `state.global_step` counts optimizer updates; an
-    epoch is one pass over the prompts.
+    epoch is one pass over the prompts. The arguments up to `peft_config` are those of TRL 1.12's
+    `PPOTrainer`, in its order.
 
+    - `processing_class`: the tokenizer of the policy.
     - `model`: the policy, a causal LM or a PEFT model of one. Without `value_model` it becomes the
       shared base; a `SharedBackbone` is one already.
     - `ref_model`: the reference, with `value_model` only. Without it the reference is the policy as
@@ -100,7 +102,14 @@ class PPOTrainer(TrlAttributes, ModelCardMixin, CheckpointMixin):
       further columns go to reward functions.
     - `data_collator`: gets the prompts' `input_ids` and `attention_mask` alone, and may shorten
       them; padding is taken off again.
+    - `optimizers`: an optimizer and a scheduler in place of those that `args` describes; no
+      optimizer together with `args.value_learning_rate`.
     - `peft_config`: LoRA options of policy and value adapter (see `value_model`).
+
+    Sources: Schulman et al., "Proximal Policy Optimization Algorithms" (2017), arXiv 1707.06347;
+    advantages: Schulman et al., "High-Dimensional Continuous Control Using Generalized Advantage
+    Estimation" (2016), arXiv 1506.02438; the KL penalty on tokens: Ziegler et al., "Fine-Tuning
+    Language Models from Human Preferences" (2019), arXiv 1909.08593.
 
     Raises:
         ConfigError: something that cannot work; nothing has been trained or written by then.
@@ -202,17 +211,27 @@ class PPOTrainer(TrlAttributes, ModelCardMixin, CheckpointMixin):
 
     @property
     def episodes(self) -> int:
-        """Episodes whose updates are done or under way."""
+        """Episodes of all processes whose updates are done or under way."""
         iterations = -(-self.state.global_step // self.plan.updates_per_iteration)
         return iterations * self.plan.batch_size
 
     @property
     def episodes_before(self) -> int:
-        """Episodes of the run that was resumed; 0 if there was none."""
+        """Episodes of all processes in the run that was resumed; 0 if there was none."""
         return self._first_step // self.plan.updates_per_iteration * self.plan.batch_size
 
     def get_train_dataloader(self) -> ExperienceLoader:
-        """Micro-batches of experience; iterating over it rolls out."""
+        """Micro-batches of experience; iterating over it rolls out. Every process must do so.
+
+        A micro-batch, padded on the left: `input_ids` and `attention_mask` [B, T];
+        `response_mask`, `old_logprobs` (nats), `old_values`, `advantages` (whitened) and `returns`
+        [B, R]; `response_positions` [N], those that the flattened `response_mask` counts;
+        `loss_denominator`, the number of response tokens in the global mini-batch.
+
+        Raises:
+            RewardError: while iterating: a score is missing or not finite, or another process
+                failed.
+        """
         return ExperienceLoader(
             config=self.args,
             plan=self.plan,
@@ -230,7 +249,13 @@ class PPOTrainer(TrlAttributes, ModelCardMixin, CheckpointMixin):
         )
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> EvaluationLoader:
-        """Batches of evaluation prompts of this process."""
+        """Batches of evaluation prompts of this process, `eval_batch_size` prompts each.
+
+        `eval_dataset` is a dataset or the name of one of several; default: the trainer's own.
+
+        Raises:
+            ConfigError: there are no evaluation prompts, or they cannot be used.
+        """
         if isinstance(eval_dataset, str):
             eval_dataset = self.eval_dataset[eval_dataset]
         elif eval_dataset is None:
@@ -256,7 +281,14 @@ class PPOTrainer(TrlAttributes, ModelCardMixin, CheckpointMixin):
     ) -> EvalLoopOutput:
         """Rolls out on the evaluation prompts, sampling as in training; means over all of them.
 
-        The same prompts get the same random numbers at every evaluation.
+        The same prompts get the same random numbers at every evaluation. The metrics are
+        `objective/scores` (as training sees them), `objective/kl` (nats a sequence),
+        `objective/response_length` (tokens), `objective/stopped` (0 to 1) and the raw scores or
+        those of several sources, if there are any; `metric_key_prefix` and `_` stand in front. A
+        collective.
+
+        Raises:
+            RewardError: a score is missing or not finite, or another process failed.
         """
         with self._answering():
             metrics = evaluate_prompts(
@@ -291,7 +323,15 @@ class PPOTrainer(TrlAttributes, ModelCardMixin, CheckpointMixin):
         return_outputs: bool = False,
         num_items_in_batch: Any = None,
     ) -> Any:
-        """The PPO loss of one micro-batch, as its share of the global mini-batch's loss."""
+        """The PPO loss of one micro-batch, as its share of the global mini-batch's loss; a scalar.
+
+        Times the number of processes, because every engine averages gradients over them. `inputs`
+        is a micro-batch of `get_train_dataloader`. With `return_outputs` a pair: the loss, and what
+        policy and value model say, as in `SharedBackbone.forward`.
+
+        Sources: Schulman et al., "Proximal Policy Optimization Algorithms" (2017), arXiv
+        1707.06347, equation 7; the clipped value loss of OpenAI's `baselines` PPO2.
+        """
         mask = inputs["response_mask"]
         # Of the engines only FSDP2 leaves it to the caller; rollouts enter it everywhere.
         with self.accelerator.autocast() if self.engine is Engine.FSDP2 else nullcontext():
@@ -330,7 +370,11 @@ class PPOTrainer(TrlAttributes, ModelCardMixin, CheckpointMixin):
         return optimizer
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Adds what PPO measured since the last training log line."""
+        """Logs, with what PPO measured since the last training log line.
+
+        `eps` are episodes a second, `lr` the learning rate, `episode` is `episodes`; the other
+        names are in docs/metrics.md. In a training log line a collective.
+        """
         if "loss" in logs:
             elapsed_s = max(time.perf_counter() - self._train_started_s, 1e-9)
             steps = self.state.global_step - self._first_step
@@ -359,9 +403,13 @@ class PPOTrainer(TrlAttributes, ModelCardMixin, CheckpointMixin):
 
         Gathered from all processes, so every one must call it. The same prompts are sampled with
         the same random numbers at every call. `num_batches` limits what each process answers.
+        `eval_dataset` as in `get_eval_dataloader`. `role` is "policy" or "reference". Scores are
+        those of the reward source, neither scaled nor clipped.
 
         Raises:
-            ConfigError: there are no evaluation prompts.
+            ConfigError: there are no evaluation prompts, they cannot be used, or `role` has no
+                language model.
+            RewardError: a score is missing or not finite, or another process failed.
         """
         sampling = dataclasses.replace(self.sampling, greedy=greedy)
         loader = self.get_eval_dataloader(eval_dataset)
@@ -382,7 +430,10 @@ class PPOTrainer(TrlAttributes, ModelCardMixin, CheckpointMixin):
         """Prints greedy answers to the evaluation prompts with their scores; to trackers as well.
 
         With `sampling` only to the first batch of each process, as during training. Without
-        evaluation prompts nothing happens.
+        evaluation prompts nothing happens. A collective; the main process prints.
+
+        Raises:
+            RewardError: a score is missing or not finite, or another process failed.
         """
         several = isinstance(self.eval_dataset, dict)
         names = [] if self.eval_dataset is None else self.eval_dataset if several else [None]

@@ -53,7 +53,7 @@ class TrlAttributes:
 
     @property
     def stop_token_id(self) -> int | None:
-        """The first of the tokens that end a response."""
+        """The first of the tokens that end a response; None if no token does."""
         return next(iter(self.sampling.stop_token_ids), None)
 
     @property
@@ -65,12 +65,12 @@ class TrlAttributes:
 
     @property
     def model_adapter_name(self) -> str | None:
-        """The policy's adapter."""
+        """The name of the policy's adapter; None if it has none."""
         return self.backbone.roles["policy"].adapter
 
     @property
     def ref_adapter_name(self) -> str | None:
-        """The reference's adapter."""
+        """The name of the reference's adapter; None if it has none."""
         return self.backbone.roles["reference"].adapter
 
     @property
@@ -80,17 +80,17 @@ class TrlAttributes:
 
     @property
     def train_dataset_len(self) -> int:
-        """How many prompts there are."""
+        """How many prompts the training dataset has."""
         return len(self.train_dataset)
 
     @property
     def local_dataloader_batch_size(self) -> int:
-        """Prompts of one rollout batch of this process."""
+        """The prompts of one rollout batch, divided by the number of processes."""
         return self.plan.local_batch_size // self.plan.num_generations
 
     @property
     def sample_generations_freq(self) -> int:
-        """Iterations from one printing of completions to the next."""
+        """Iterations (rollout batches) from one printing of completions to the next."""
         return max(1, self.plan.num_iterations // max(1, self.args.num_sample_generations))
 
     @property
@@ -101,12 +101,16 @@ class TrlAttributes:
 
     @property
     def dataloader(self) -> Any:
-        """Micro-batches of experience; iterating over it rolls out."""
+        """Micro-batches of experience, a new `get_train_dataloader()`; iterating rolls out."""
         return self.get_train_dataloader()  # type: ignore[attr-defined]
 
     @property
     def eval_dataloader(self) -> Any:
-        """Batches of evaluation prompts; None without an evaluation dataset."""
+        """Batches of evaluation prompts; None without an evaluation dataset.
+
+        Raises:
+            ConfigError: there are several: call `get_eval_dataloader` with the name of one.
+        """
         if self.eval_dataset is None:
             return None
         return self.get_eval_dataloader()  # type: ignore[attr-defined]
