@@ -9,11 +9,13 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import torch
 import typer
@@ -342,10 +344,26 @@ def test_completion_is_installed_for_the_shell_that_asks(tmp_path: Path) -> None
     assert str(installed) in (tmp_path / ".bashrc").read_text()
 
 
+def ranks_of(group: int) -> list[str]:
+    """Command lines of the processes in that group that are ranks of a drill."""
+    found = [p for p in psutil.process_iter(["pid", "cmdline"]) if p.info["cmdline"]]
+    return [
+        " ".join(process.info["cmdline"])
+        for process in found
+        if "trl_sync.cli.demo_rank" in process.info["cmdline"]
+        and psutil.pid_exists(process.pid)
+        and os.getpgid(process.pid) == group
+    ]
+
+
 def test_an_interrupt_ends_with_code_130() -> None:
     command = [sys.executable, "-m", "trl_sync.cli", "demo"]
     with subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
     ) as process:
         assert process.stdout is not None
         assert process.stdout.readline().startswith("Planted")
@@ -353,6 +371,10 @@ def test_an_interrupt_ends_with_code_130() -> None:
         assert process.wait(timeout=60) == 130
         assert process.stderr is not None
         assert "Traceback" not in process.stderr.read()
+        deadline_s = time.monotonic() + 30
+        while ranks_of(process.pid) and time.monotonic() < deadline_s:
+            time.sleep(0.1)
+        assert not ranks_of(process.pid)  # none goes on alone
 
 
 def test_the_page_lists_every_command_with_its_flags_and_codes() -> None:

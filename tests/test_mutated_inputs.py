@@ -457,12 +457,12 @@ def ppo(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def make_trainer(folder: Path) -> PPOTrainer:
+def make_trainer(folder: Path, *, episodes: int = 16) -> PPOTrainer:
     config = tiny.config(
         folder / "out",
         save_strategy="steps",
         save_steps=4,
-        total_episodes=16,
+        total_episodes=episodes,
         kl_target=1.0,
         use_score_scaling=True,
     )
@@ -487,7 +487,7 @@ class StopsThere(TrainerCallback):
 
 @pytest.fixture(scope="module")
 def trainer(ppo: Path) -> PPOTrainer:
-    trainer = make_trainer(ppo)
+    trainer = make_trainer(ppo, episodes=32)  # one more iteration than the checkpoint has
     trainer.add_callback(StopsThere())
     return trainer
 

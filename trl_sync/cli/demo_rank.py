@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -39,6 +41,7 @@ TIMEOUT_S = 30.0
 # Short, so that nobody waits long for the verdict; long enough for a busy machine's hiccups.
 MISSING_TIMEOUT_S = 5.0
 DELAY_S = 20.0
+INTERRUPTED = 130
 WEIGHTS, OPTIMIZER = "adapter_model.safetensors", "optimizer.pt"
 
 
@@ -63,8 +66,15 @@ class Record:
         self.add(planted={"rank": planted.rank, "step": planted.step, "tensor": planted.tensor})
 
 
+def end_with_parent() -> None:
+    """Ends this process when the one that started it is gone, however that came about."""
+    sys.stdin.buffer.read()
+    os._exit(INTERRUPTED)
+
+
 def main() -> None:
     fault, folder, seed = sys.argv[1], Path(sys.argv[2]), int(sys.argv[3])
+    threading.Thread(target=end_with_parent, daemon=True).start()
     record = Record(folder)
     try:
         if fault in FAULTS and FAULTS[fault].on == "checkpoint":

@@ -69,7 +69,8 @@ def started(fault: str, seed: int, folder: Path) -> Iterator[list[subprocess.Pop
                 process = subprocess.Popen(
                     [*command, fault, str(own), str(seed)],
                     env=rank_environment(rank, port),
-                    stdin=subprocess.DEVNULL,
+                    # Never written to: its end tells a rank that this process is gone.
+                    stdin=subprocess.PIPE,
                     stdout=log,
                     stderr=subprocess.STDOUT,
                 )
@@ -79,6 +80,8 @@ def started(fault: str, seed: int, folder: Path) -> Iterator[list[subprocess.Pop
         for process in processes:
             process.kill()
             process.wait()
+            if process.stdin is not None:
+                process.stdin.close()
 
 
 def rank_environment(rank: int, port: int) -> dict[str, str]:
