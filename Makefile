@@ -32,7 +32,8 @@ test-fast: $(INSTALLED)
 
 # The same on the oldest supported TRL and transformers, for what depends on them.
 test-floor: $(INSTALLED) .floor/trl
-	PYTHONPATH=$(CURDIR)/.floor $(BIN)/python -m pytest -m "$(FAST) and not newest" \
+	PYTHONPATH=$(CURDIR)/.floor $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile \
+		-m "$(FAST) and not newest" \
 		tests/test_versions.py tests/test_value_head.py tests/backbone tests/ppo tests/legacy \
 		tests/compat $(addprefix tests/audit/test_,inventory.py manifest_base.py manifest_tensors.py)
 

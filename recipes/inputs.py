@@ -36,7 +36,7 @@ class ScriptArguments:
         default=None, metadata={"help": "Dataset on the hub with a `prompt` column."}
     )
     dataset_path: str | None = field(
-        default=None, metadata={"help": "Local dataset: json, jsonl, csv, parquet or save_to_disk."}
+        default=None, metadata={"help": "Local dataset: json, jsonl, csv, parquet, or a folder."}
     )
     dataset_config: str | None = field(default=None, metadata={"help": "Configuration on the hub."})
     dataset_train_split: str = field(default="train", metadata={"help": "Split to train on."})
@@ -223,15 +223,17 @@ def load_prompts(
 
 
 def load_local(path: Path) -> Dataset | DatasetDict:
-    """A folder written by save_to_disk, or a file by its ending."""
+    """A folder written by save_to_disk or with data files in it, or a file by its ending."""
     if path.is_dir():
         with _reading(path):
+            if not any((path / name).is_file() for name in ("dataset_dict.json", "state.json")):
+                return load_dataset(str(path))
             _check_saved(path)
             return load_from_disk(str(path))
     kinds = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
     if not path.is_file() or path.suffix not in kinds:
         raise ConfigError(
-            f"--dataset_path {path}: expected a folder of save_to_disk or a file ending in "
+            f"--dataset_path {path}: expected a folder of data or a file ending in "
             f"{', '.join(kinds)}."
         )
     with _reading(path):

@@ -8,7 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from datasets import Dataset
+from safetensors.torch import load_file
 
+import tiny
 from recipe_launch import launch
 from trl_sync.audit.journal import JOURNAL_NAME, read_journal
 
@@ -113,6 +116,33 @@ def test_trainers_with_adapters(kind: str, ranks: int, tmp_path: Path) -> None:
     done = launch(f"{kind}_audited.py", "--output_dir", str(tmp_path), ranks=ranks)
     assert_silent(tmp_path, done, ranks=ranks)
     assert (tmp_path / "adapter_model.safetensors").is_file()
+
+
+@pytest.mark.parametrize("kind", ["sft", "dpo", "reward"])
+def test_the_users_own_model_and_data(kind: str, tmp_path: Path) -> None:
+    tiny.llama().save_pretrained(tmp_path / "model")
+    tiny.tokenizer().save_pretrained(tmp_path / "model")
+    texts = [f"a b {letter}" for letter in "cdefghij"] * 2
+    columns = {"text": texts}
+    if kind != "sft":
+        columns = {"prompt": texts, "chosen": texts[::-1], "rejected": texts}
+    (tmp_path / "data").mkdir()
+    Dataset.from_dict(columns).to_json(tmp_path / "data" / "train.jsonl")
+    arguments = {
+        "model_name_or_path": tmp_path / "model",
+        "dataset_name": tmp_path / "data",
+        "output_dir": tmp_path / "out",
+        "max_steps": 4,
+        "per_device_train_batch_size": 2,
+        "report_to": "none",
+    }
+    flags = [text for name, value in arguments.items() for text in (f"--{name}", str(value))]
+    done = launch(f"{kind}_audited.py", *flags, "--use_peft", ranks=1)
+    assert_silent(tmp_path / "out", done, ranks=1)
+    saved = load_file(tmp_path / "out" / "adapter_model.safetensors")
+    assert any("lora_A" in name for name in saved)
+    # The head of a reward model is trained and saved beside its adapter.
+    assert any("score" in name for name in saved) == (kind == "reward")
 
 
 @pytest.mark.ranks
