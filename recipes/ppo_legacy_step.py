@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import PartialState
 from torch import Tensor
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, HfArgumentParser
 
@@ -27,6 +28,8 @@ def main() -> None:
     parser = HfArgumentParser(PPOConfig, description=__doc__)
     parser.set_defaults(steps=2560, batch_size=128, mini_batch_size=64, learning_rate=1e-4)
     (config,) = parser.parse_args_into_dataclasses()
+    # Ranks on CPUs find each other only if accelerate is told so before its first use.
+    PartialState(cpu=not torch.accelerator.is_available())
     task = embedded_default()
     tokenizer = AutoTokenizer.from_pretrained(task.model_path, padding_side="left")
     reward_model = AutoModelForSequenceClassification.from_pretrained(
@@ -57,8 +60,8 @@ def main() -> None:
         if trainer.accelerator.is_main_process:
             kl = float(stats["objective/kl"])
             print(f"step {len(means)}: score {means[-1]:.2f}, KL {kl:.2f}")
+    trainer.save_pretrained(str(OUTPUT))
     if trainer.accelerator.is_main_process:
-        trainer.save_pretrained(str(OUTPUT))
         tenth = max(1, len(means) // 10)
         first, last = sum(means[:tenth]) / tenth, sum(means[-tenth:]) / tenth
         print(f"mean score {first:.2f} -> {last:.2f}; model and value head in {OUTPUT}")

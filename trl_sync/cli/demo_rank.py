@@ -68,7 +68,9 @@ class Record:
 
 def end_with_parent() -> None:
     """Ends this process when the one that started it is gone, however that came about."""
-    sys.stdin.buffer.read()
+    # Not through sys.stdin: a lock that is held there would crash the interpreter when it ends.
+    while os.read(0, 1):
+        pass
     os._exit(INTERRUPTED)
 
 

@@ -50,7 +50,7 @@ class SavingMixin:
         repo_id: str | None = None,
         **push_to_hub_kwargs: Any,
     ) -> None:
-        """Saves model, value head, tokenizer and model card; every process may call it.
+        """Saves model, value head, tokenizer and model card; every process must call it.
 
         With `push_to_hub` they are uploaded too, to `repo_id` or a repository named as the folder,
         with the other arguments of `push_to_hub`.
