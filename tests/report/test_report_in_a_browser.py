@@ -25,7 +25,11 @@ SCHEMES = {"dark": 0, "light": 1}
 
 pytestmark = [
     pytest.mark.browser,
-    pytest.mark.skipif(CHROMIUM is None, reason="no program called chromium"),
+    pytest.mark.skipif(
+        CHROMIUM is None,
+        reason="Chromium is no Python package, so `make test` cannot install it: where the system "
+        "has none, the page is only parsed, by the other tests of this folder",
+    ),
 ]
 
 # Chromium's own window is at least 500 wide; a frame may be as narrow as a phone.

@@ -90,8 +90,8 @@ class Reaction:
         ranks = range(self._comparison.world_size)
         present = [rank for rank in ranks if rank not in missing.ranks]
         if self._comparison.rank == (present or [0])[0]:
-            if self._comparison.rank != 0:
-                self.journal = Journal(self._path)
+            # Without listeners: the watch ends the process next, and nobody's code may hold it up.
+            self.journal = Journal(self._path)
             self._write_desync(report)
 
     def _write_audit(self, report: SyncReport) -> None:
