@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import PartialState
 from torch import Tensor
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, HfArgumentParser
 
@@ -28,8 +27,6 @@ def main() -> None:
     parser = HfArgumentParser(PPOConfig, description=__doc__)
     parser.set_defaults(steps=2560, batch_size=128, mini_batch_size=64, learning_rate=1e-4)
     (config,) = parser.parse_args_into_dataclasses()
-    # Ranks on CPUs find each other only if accelerate is told so before its first use.
-    PartialState(cpu=not torch.accelerator.is_available())
     task = embedded_default()
     tokenizer = AutoTokenizer.from_pretrained(task.model_path, padding_side="left")
     reward_model = AutoModelForSequenceClassification.from_pretrained(

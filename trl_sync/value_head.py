@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
-from accelerate import PartialState
 from peft import PeftModel, PeftModelForCausalLM, PeftModelForSeq2SeqLM
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, PreTrainedModel
@@ -26,6 +25,7 @@ from trl_sync.backbone.checkpointing import (
 )
 from trl_sync.backbone.quantization import keep_packed_weights
 from trl_sync.errors import ConfigError
+from trl_sync.processes import this_process
 from trl_sync.value_head_files import (
     PREFIX,
     check_fits,
@@ -238,7 +238,7 @@ class PreTrainedModelWrapper(nn.Module, PushToHubMixin):
     @classmethod
     def _get_current_device(cls) -> Any:
         """The index of this process's GPU, or "cpu"."""
-        device = PartialState().device
+        device = this_process().device
         return device.type if device.type == "cpu" else device.index or 0
 
     def _init_weights(self, **kwargs: Any) -> None:

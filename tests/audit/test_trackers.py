@@ -16,7 +16,12 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 import trainer_runs
 from tracked_audit import train_broken
-from trl_sync import SyncAuditCallback
+from trl_sync import AuditConfig, SyncAuditCallback
+from trl_sync.audit.compare import Comparison
+from trl_sync.audit.findings import Cause, Finding, SyncReport
+from trl_sync.audit.journal import JOURNAL_NAME, read_journal
+from trl_sync.audit.rank_state import MissingRanks
+from trl_sync.audit.reaction import Reaction
 
 FIGURES = {f"audit/{name}" for name in ("audits", "desyncs", "seconds", "share_of_step")}
 
@@ -158,3 +163,20 @@ def test_on_event_must_be_a_function() -> None:
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     said = "ConfigError: on_event must be a function of an event's name and fields, not 'print'."
     assert done.stderr.splitlines()[-1].endswith(said)
+
+
+def test_nobody_is_called_for_a_missing_rank(tmp_path: Path) -> None:
+    """The watch ends the process next: code that hangs there would keep it alive."""
+    told: list[str] = []
+    config = AuditConfig(on_event=lambda event, fields: told.append(event))
+    reaction = Reaction(Comparison(timeout_s=1), config, tmp_path)
+    before = reaction.journal
+    before.write("begin")
+    missing = MissingRanks(ranks=(1,), kind="dead", reason="gone", waited_s=1.0, states=())
+    finding = Finding(cause=Cause.RANK_MISSING, step=3, ranks=(1,), evidence="gone")
+    report = SyncReport(step=3, audit=3, findings=(finding,), roots={}, size_bytes=0, seconds=0.0)
+    reaction.write_missing(report, missing)
+    before.close()
+    reaction.close()
+    assert told == ["begin"]
+    assert [line["event"] for line in read_journal(tmp_path / JOURNAL_NAME)] == ["begin", "desync"]

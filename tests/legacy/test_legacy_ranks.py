@@ -103,3 +103,24 @@ def test_a_scheduler_moves_once_with_each_step(both: list[dict[str, Any]]) -> No
 def test_an_error_on_one_rank_ends_both(both: list[dict[str, Any]]) -> None:
     assert both[0]["said"].startswith("RewardError: Rolling out or scoring failed on 1 other")
     assert both[1]["said"].startswith("ConfigError: scores has 3 entries")
+
+
+def alone() -> str:
+    """What the trainer says where accelerate's state was made without the other ranks."""
+    from accelerate import PartialState
+
+    import step_loops
+    from trl_sync.errors import ConfigError
+
+    PartialState()  # on CPUs it has to be told of them
+    try:
+        step_loops.trainer(step_loops.config(batch_size=4, mini_batch_size=2))
+    except ConfigError as error:
+        return str(error)
+    return ""
+
+
+@pytest.mark.ranks
+def test_ranks_that_would_train_alone_are_refused() -> None:
+    for said in ranks.run_on_ranks(alone):
+        assert said.startswith("2 processes were launched, but accelerate runs 1: each would train")

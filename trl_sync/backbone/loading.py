@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import PartialState
 from peft import LoraConfig, PeftConfig, PeftModel, set_peft_model_state_dict
 from safetensors import safe_open
 from torch import Tensor
@@ -37,6 +36,7 @@ from trl_sync.backbone.roles import POLICY, REFERENCE, VALUE, freeze
 from trl_sync.backbone.routing import set_adapter_trainable
 from trl_sync.backbone.shared import SharedBackbone
 from trl_sync.errors import ConfigError
+from trl_sync.processes import this_process
 
 __all__ = [
     "initialise_value",
@@ -64,7 +64,7 @@ def load_base(
     if quantization_config is None:
         with loaded_whole():
             return auto_class.from_pretrained(model_name_or_path, **options)
-    device = PartialState().device
+    device = this_process().device
     try:
         with loaded_whole():
             model = auto_class.from_pretrained(

@@ -26,6 +26,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from trl_sync.errors import ConfigError
 from trl_sync.legacy.config import PPOConfig
 from trl_sync.legacy.reference import create_reference_model
+from trl_sync.processes import launched_processes, on_cpu
 
 _DATA_PARALLEL = (
     *(DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU),
@@ -107,8 +108,12 @@ def make_accelerator(config: PPOConfig) -> Accelerator:
             num_steps=config.gradient_accumulation_steps, sync_with_dataloader=False
         ),
         project_config=project,
-        **({"step_scheduler_with_optimizer": False} | config.options("accelerator_kwargs")),
+        **(
+            {"step_scheduler_with_optimizer": False, "cpu": on_cpu()}
+            | config.options("accelerator_kwargs")
+        ),
     )
+    _check_not_alone(accelerator)
     if accelerator.distributed_type not in _DATA_PARALLEL:
         raise ConfigError(
             f"The step API runs on one process or with data parallelism, not with "
@@ -119,6 +124,21 @@ def make_accelerator(config: PPOConfig) -> Accelerator:
     config.global_backward_batch_size = (config.backward_batch_size or 0) * config.world_size
     config.global_batch_size = config.batch_size * config.world_size
     return accelerator
+
+
+def _check_not_alone(accelerator: Accelerator) -> None:
+    """Nothing, if accelerate knows of every process that was launched.
+
+    Raises:
+        ConfigError: each would train a model of its own.
+    """
+    launched, known = launched_processes(), accelerator.num_processes
+    if launched != known:
+        raise ConfigError(
+            f"{launched} processes were launched, but accelerate runs {known}: each would train "
+            "alone. An accelerate state that was made before the trainer did not know of the "
+            "others: make it with PartialState(cpu=True) on CPUs, or after the trainer."
+        )
 
 
 def _check_trackers(log_with: Any, logging_dir: Any) -> None:

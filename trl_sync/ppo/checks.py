@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from trl_sync.errors import ConfigError
-from trl_sync.ppo.config import PPOConfig, launched_processes
+from trl_sync.ppo.config import PPOConfig
 from trl_sync.ppo.engines import check_engine_settings
 from trl_sync.ppo.rollout import Sampling
+from trl_sync.processes import launched_processes
 
 # Fields of TrainingArguments about batches that PPO makes by itself.
 _WITHOUT_EFFECT = (

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -13,6 +12,7 @@ from transformers import GenerationConfig, TrainingArguments
 from transformers.utils import is_torch_bf16_gpu_available
 
 from trl_sync.errors import ConfigError
+from trl_sync.processes import launched_processes
 from trl_sync.renames import accepts_old_config_names
 
 
@@ -350,11 +350,6 @@ def _check_world_size(config: PPOConfig, value: Any) -> None:
 # The dataclass above made `world_size` an argument of the constructor, as in TRL; as an attribute
 # it stays what transformers computes.
 PPOConfig.world_size = property(_world_size, _set_world_size)  # type: ignore[assignment]
-
-
-def launched_processes() -> int:
-    """How many processes the launcher says there are."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def _computes_bf16_natively(use_cpu: bool) -> bool:
