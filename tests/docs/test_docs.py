@@ -63,5 +63,18 @@ def test_links_lead_somewhere(page: Path) -> None:
             assert anchor in anchors, f"{page.name} links to {target}"
 
 
+def test_every_issue_in_the_questions_is_linked() -> None:
+    page = (ROOT / "docs" / "faq.md").read_text()
+    text, _, _ = page.partition("\n[LLaMA-Factory#")
+    named = set(re.findall(r"\b([A-Za-z-]+#\d+)", text)) - {"trl#1234"}
+    linked = dict(re.findall(r"^\[([\w-]+#\d+)\]: (https://\S+)$", page, re.MULTILINE))
+    assert len(named) > 60
+    assert named == set(linked)
+    assert named == set(re.findall(r"\[([A-Za-z-]+#\d+)\](?!:)", page))
+    for name, target in linked.items():
+        repository, number = name.split("#")
+        assert re.fullmatch(rf"https://github\.com/[\w-]+/{repository}/issues/{number}", target)
+
+
 def _anchor(heading: str) -> str:
     return re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-")
