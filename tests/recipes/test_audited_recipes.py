@@ -17,6 +17,10 @@ from trl_sync.audit.journal import JOURNAL_NAME, read_journal
 
 pytestmark = pytest.mark.slow
 
+REWARD = (
+    "def short(completions, **columns):\n    return [-float(len(text)) for text in completions]\n"
+)
+
 
 def events(folder: Path, kind: str) -> list[dict[str, Any]]:
     return [event for event in read_journal(folder / JOURNAL_NAME) if event["event"] == kind]
@@ -118,17 +122,19 @@ def test_trainers_with_adapters(kind: str, ranks: int, tmp_path: Path) -> None:
     assert (tmp_path / "adapter_model.safetensors").is_file()
 
 
-@pytest.mark.parametrize("kind", ["sft", "dpo", "reward"])
+@pytest.mark.parametrize("kind", ["sft", "dpo", "reward", "grpo", "rloo"])
 def test_the_users_own_model_and_data(kind: str, tmp_path: Path) -> None:
     tiny.llama().save_pretrained(tmp_path / "model")
     tiny.tokenizer().save_pretrained(tmp_path / "model")
     texts = [f"a b {letter}" for letter in "cdefghij"] * 2
     columns = {"text": texts}
-    if kind != "sft":
+    if kind in ("grpo", "rloo"):
+        columns = {"prompt": texts}
+    elif kind != "sft":
         columns = {"prompt": texts, "chosen": texts[::-1], "rejected": texts}
     (tmp_path / "data").mkdir()
     Dataset.from_dict(columns).to_json(tmp_path / "data" / "train.jsonl")
-    arguments = {
+    arguments: dict[str, Any] = {
         "model_name_or_path": tmp_path / "model",
         "dataset_name": tmp_path / "data",
         "output_dir": tmp_path / "out",
@@ -136,6 +142,10 @@ def test_the_users_own_model_and_data(kind: str, tmp_path: Path) -> None:
         "per_device_train_batch_size": 2,
         "report_to": "none",
     }
+    if kind in ("grpo", "rloo"):
+        (tmp_path / "rewards.py").write_text(REWARD)
+        arguments["reward_function"] = f"{tmp_path / 'rewards.py'}:short"
+        arguments |= {"num_generations": 2, "max_completion_length": 4}
     flags = [text for name, value in arguments.items() for text in (f"--{name}", str(value))]
     done = launch(f"{kind}_audited.py", *flags, "--use_peft", ranks=1)
     assert_silent(tmp_path / "out", done, ranks=1)

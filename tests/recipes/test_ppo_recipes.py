@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 from datasets import Dataset
+from safetensors.torch import load_file
 
 import ppo_math
 import ppo_multi_reward
@@ -73,17 +74,23 @@ def test_sums_on_two_ranks(tmp_path: Path) -> None:
     assert figures["world_size"] == 2
 
 
-@pytest.mark.slow
-def test_the_users_own_questions(tmp_path: Path) -> None:
-    """A dataset like GSM8K, and a model that knows nothing."""
-    tiny.llama().save_pretrained(tmp_path / "model")
-    tiny.tokenizer().save_pretrained(tmp_path / "model")
-    rows = [{"question": f"abc {a}?", "answer": f"so\n#### {a}"} for a in range(40)]
-    Dataset.from_list(rows).to_json(tmp_path / "questions.jsonl")
+def own_model(folder: Path) -> Path:
+    """A causal LM that knows nothing, with its tokenizer."""
+    tiny.llama().save_pretrained(folder / "model")
+    tiny.tokenizer().save_pretrained(folder / "model")
+    return folder / "model"
+
+
+def own_data(file: Path, rows: list[dict[str, str]]) -> Path:
+    file.parent.mkdir(exist_ok=True)
+    Dataset.from_list(rows).to_json(file)
+    return file
+
+
+def short_run(recipe: str, folder: Path, **paths: Any) -> dict[str, Any]:
+    """The summary of 16 episodes with the user's own model and data."""
     arguments = {
-        "model_name_or_path": tmp_path / "model",
-        "dataset_path": tmp_path / "questions.jsonl",
-        "output_dir": tmp_path / "out",
+        "output_dir": folder / "out",
         "per_device_train_batch_size": 4,
         "gradient_accumulation_steps": 2,
         "total_episodes": 16,
@@ -91,9 +98,73 @@ def test_the_users_own_questions(tmp_path: Path) -> None:
         "logging_steps": 1,
         "report_to": "none",
     }
-    flags = [text for name, value in arguments.items() for text in (f"--{name}", str(value))]
-    figures = outcome(launch("ppo_math.py", *flags, ranks=1), tmp_path / "out")
+    flags = [
+        str(text) for name, value in (arguments | paths).items() for text in (f"--{name}", value)
+    ]
+    return outcome(launch(recipe, *flags, ranks=1), folder / "out")
+
+
+@pytest.mark.slow
+def test_the_users_own_questions(tmp_path: Path) -> None:
+    """A dataset like GSM8K, and a model that knows nothing."""
+    rows = [{"question": f"abc {a}?", "answer": f"so\n#### {a}"} for a in range(40)]
+    figures = short_run(
+        "ppo_math.py",
+        tmp_path,
+        model_name_or_path=own_model(tmp_path),
+        dataset_path=own_data(tmp_path / "questions.jsonl", rows),
+    )
     assert figures["accuracy_after"] < 0.5
+
+
+@pytest.mark.slow
+def test_the_users_own_posts(tmp_path: Path) -> None:
+    """With a reward model that was trained before: a sequence classifier."""
+    tiny.reward_llama().save_pretrained(tmp_path / "reward")
+    tiny.tokenizer().save_pretrained(tmp_path / "reward")
+    rows = [{"prompt": f"a b {letter}"} for letter in "cdefghij" * 5]
+    figures = short_run(
+        "ppo_tldr.py",
+        tmp_path,
+        model_name_or_path=own_model(tmp_path),
+        reward_model_path=tmp_path / "reward",
+        dataset_name=own_data(tmp_path / "posts" / "train.jsonl", rows).parent,
+    )
+    assert "right_after" not in figures  # there is no judge of one's own posts
+    assert figures["model_state_bytes"]["reward"] > 0
+
+
+@pytest.mark.slow
+def test_the_users_own_reward_adapter(tmp_path: Path) -> None:
+    """The two commands of the recipe: train the adapter on the model, then share its base."""
+    model = own_model(tmp_path)
+    texts = [f"a b {letter}" for letter in "cdefghij" * 5]
+    pairs = [{"prompt": text, "chosen": text[::-1], "rejected": text} for text in texts]
+    arguments = {
+        "model_name_or_path": model,
+        "lora_task_type": "SEQ_CLS",
+        "lora_target_modules": "all-linear",
+        "dataset_name": own_data(tmp_path / "pairs" / "train.jsonl", pairs).parent,
+        "output_dir": tmp_path / "my-reward",
+        "max_steps": 2,
+        "report_to": "none",
+    }
+    flags = [str(text) for name, value in arguments.items() for text in (f"--{name}", value)]
+    done = launch("reward_audited.py", *flags, "--use_peft", ranks=1)
+    assert done.returncode == 0, done.stderr[-3000:]
+    rows = [{"prompt": text} for text in texts]
+    figures = short_run(
+        "ppo_multi_reward.py",
+        tmp_path,
+        model_name_or_path=model,
+        reward_model_path=tmp_path / "my-reward",
+        dataset_name=own_data(tmp_path / "prompts" / "train.jsonl", rows).parent,
+    )
+    adapter = load_file(tmp_path / "my-reward" / "adapter_model.safetensors")
+    assert any("lora_B" in name and tensor.any() for name, tensor in adapter.items())
+    # It is in memory with its score head, and no second model is.
+    held = sum(tensor.nbytes for tensor in adapter.values())
+    assert figures["model_state_bytes"]["reward"] == held
 
 
 @pytest.mark.slow
