@@ -17,7 +17,8 @@ demo: $(INSTALLED)
 # All but the tests of the engines, which have commands of their own. Tests of one process use one
 # thread: two at a time take half as long, while those of several ranks use all cores by themselves.
 test: $(VENV)/.deepspeed .oracle/trl
-	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile -m "not engines and not ranks"
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder \
+		-m "not engines and not ranks"
 	$(BIN)/python -m pytest -m "ranks and not engines"
 
 # PPO and the audit under DDP, ZeRO-1/2/3, FSDP2 and HSDP on CPU ranks; ends with a table.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import faulthandler
 import os
 import select
 import shutil
@@ -33,6 +34,9 @@ def save(trainer: Any, step: int) -> None:
     trainer.callback_handler.on_save(trainer.args, trainer.state, trainer.control)
 
 
+ANSWER_S = 60.0
+
+
 class Child:
     """A forked process that does `work`, tells so, and waits to be killed."""
 
@@ -46,6 +50,8 @@ class Child:
         self._read(None)  # it runs
 
     def _serve(self, work: Callable[[], Any], answer: int) -> None:
+        # Where it stands, should it hang: shortly before the parent gives up.
+        faulthandler.dump_traceback_later(ANSWER_S - 5)
         try:
             os.write(answer, b"!")
             os.write(answer, str(work()).encode())
@@ -68,7 +74,7 @@ class Child:
 
     def wait(self) -> str:
         """What `work` returned or raised; nothing if the child was killed before that."""
-        answer = self._read(60)
+        answer = self._read(ANSWER_S)
         os.kill(self._pid, signal.SIGKILL)
         os.waitpid(self._pid, 0)
         os.close(self._answer)
