@@ -7,7 +7,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from datasets import Dataset
 
+import tiny
 from embedded_default import embedded_default
 from recipe_launch import launch
 from trl_sync.legacy import AutoModelForCausalLMWithValueHead
@@ -48,3 +50,24 @@ def test_two_ranks_keep_one_model(tmp_path: Path) -> None:
     assert re.findall(r"^step (\d+): score", printed, re.M) == ["1", "2"]
     assert printed.count("model and value head in") == 1
     AutoModelForCausalLMWithValueHead.from_pretrained(str(tmp_path / "runs/ppo-legacy-step"))
+
+
+@pytest.mark.slow
+def test_models_and_prompts_of_ones_own(tmp_path: Path) -> None:
+    tiny.llama().save_pretrained(tmp_path / "model")
+    tiny.reward_llama().save_pretrained(tmp_path / "reward")
+    tiny.tokenizer().save_pretrained(tmp_path / "model")
+    rows = [{"prompt": f"a b {letter}", "source": "mine"} for letter in "cdefghij"]
+    Dataset.from_list(rows).to_json(tmp_path / "prompts.jsonl")
+    own = ["--model_name", "model", "--reward_model", "reward"]
+    sizes = ["--steps", "8", "--batch_size", "4", "--mini_batch_size", "2"]
+    data = ["--query_dataset", "prompts.jsonl"]
+    printed = printed_by(tmp_path, *own, *data, *sizes, ranks=1)
+    assert re.findall(r"^step (\d+): score", printed, re.M) == ["1", "2"]
+    saved = AutoModelForCausalLMWithValueHead.from_pretrained(
+        str(tmp_path / "runs/ppo-legacy-step")
+    )
+    assert saved.pretrained_model.config.hidden_size == tiny.llama().config.hidden_size
+    refused = launch(RECIPE, *own, *sizes, cwd=tmp_path)
+    assert refused.returncode != 0
+    assert "error: Give --model_name, --reward_model and --query_dataset, or" in refused.stderr
