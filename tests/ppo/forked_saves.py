@@ -34,6 +34,7 @@ def save(trainer: Any, step: int) -> None:
     trainer.callback_handler.on_save(trainer.args, trainer.state, trainer.control)
 
 
+RUNS = b"!"
 ANSWER_S = 60.0
 
 
@@ -47,24 +48,20 @@ class Child:
             set_seed(0)  # Python seeds its own generator anew in a forked process
             self._serve(work, answer)
         os.close(answer)
-        self._read(None)  # it runs
+        # It runs. No more than that byte: a save that fails at once may have answered already.
+        assert os.read(self._answer, len(RUNS)) == RUNS
 
     def _serve(self, work: Callable[[], Any], answer: int) -> None:
         # Where it stands, should it hang: shortly before the parent gives up.
         faulthandler.dump_traceback_later(ANSWER_S - 5)
         try:
-            os.write(answer, b"!")
+            os.write(answer, RUNS)
             os.write(answer, str(work()).encode())
             signal.pause()
         except BaseException as error:  # a child must never go on as a second pytest
             os.write(answer, f"{type(error).__name__}: {error}".encode())
         finally:
             os._exit(1)
-
-    def _read(self, timeout_s: float | None) -> str:
-        """What the child says within that time; nothing if it dies or goes on."""
-        ready, _, _ = select.select([self._answer], [], [], timeout_s)
-        return os.read(self._answer, 65536).decode() if ready else ""
 
     def kill_after(self, delay_s: float) -> bool:
         """Kills it then; whether that was before it was done."""
@@ -74,11 +71,12 @@ class Child:
 
     def wait(self) -> str:
         """What `work` returned or raised; nothing if the child was killed before that."""
-        answer = self._read(ANSWER_S)
+        ready, _, _ = select.select([self._answer], [], [], ANSWER_S)
+        answer = os.read(self._answer, 65536) if ready else b""
         os.kill(self._pid, signal.SIGKILL)
         os.waitpid(self._pid, 0)
         os.close(self._answer)
-        return answer
+        return answer.decode()
 
 
 def save_until(trainer: Any, step: int, folder: Path, moment: int) -> int:
