@@ -9,8 +9,20 @@ import socket
 import time
 import traceback
 from collections.abc import Callable, Mapping
+from multiprocessing import forkserver
 from typing import Any
 from unittest import mock
+
+TRAINERS = ("sft", "dpo", "kto", "reward", "rloo", "grpo")
+PRELOADED = [
+    "torch.distributed",
+    "transformers.trainer",
+    "datasets",
+    *(f"trl.trainer.{name}_trainer" for name in TRAINERS),
+    "trl_sync.ppo",
+    "trl_sync.audit",
+    "trl_sync.legacy",
+]
 
 
 class RankError(AssertionError):
@@ -27,19 +39,22 @@ def run_on_ranks(
     """What `function(*args)` returned on each rank, by rank; it must be importable.
 
     The processes find the environment that `accelerate launch` makes for CPU ranks; `environment`
-    replaces the part of it that chooses the engine.
+    replaces the part of it that chooses the engine. Without it a rank is a fork of a server that
+    has imported the libraries already, which takes most of the time of a short test; with it, as
+    DeepSpeed and others read theirs when they are imported, a process of its own.
 
     Raises:
         RankError: a rank raised, exited with another code than 0, or ran past the deadline.
     """
-    context = multiprocessing.get_context("spawn")
+    context = _forkserver() if environment is None else multiprocessing.get_context("spawn")
     answers = context.Queue()
     port = free_port()
     processes = []
     for rank in range(num_ranks):
-        process = context.Process(target=_serve, args=(function, args, rank, answers))
-        # Libraries read these when they are imported, so a rank must be born with them.
-        with mock.patch.dict(os.environ, launcher_environment(rank, num_ranks, port, environment)):
+        born_with = os.environ | launcher_environment(rank, num_ranks, port, environment)
+        work = (function, args, rank, answers)
+        process = context.Process(target=_serve, args=(work, born_with))
+        with mock.patch.dict(os.environ, born_with):
             process.start()
         processes.append(process)
     try:
@@ -90,7 +105,23 @@ def launcher_environment(
     }
 
 
-def _serve(function: Callable[..., Any], args: Any, rank: int, answers: Any) -> None:
+def _forkserver() -> Any:
+    """A server that has imported what ranks need, on the one thread that each of them has.
+
+    Started at the first call, it lives as long as this process.
+    """
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(PRELOADED)
+    with mock.patch.dict(os.environ, {"OMP_NUM_THREADS": "1"}):
+        forkserver.ensure_running()
+    return context
+
+
+def _serve(work: tuple[Callable[..., Any], Any, int, Any], environment: dict[str, str]) -> None:
+    function, args, rank, answers = work
+    # A fork has the server's, which may be older than what a test has set since.
+    os.environ.clear()
+    os.environ.update(environment)
     try:
         value = function(*args)
     except BaseException:  # also a SystemExit: the parent waits for an answer of every rank
