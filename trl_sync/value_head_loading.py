@@ -49,7 +49,8 @@ def load_model(
             f"{source} holds a trained adapter, so peft_config would have no effect: leave it "
             "out, and pass is_trainable=True to train that adapter further."
         )
-    base = adapter_config(adapter.parent).base_model_name_or_path
+    config = adapter_config(adapter.parent)
+    base = config.base_model_name_or_path
     if not base:
         raise ConfigError(
             f"The adapter in {source} does not say which model it belongs to: load that model "
@@ -57,7 +58,7 @@ def load_model(
         )
     model = parent_class.from_pretrained(base, *model_args, **options)
     keep_packed_weights(model)
-    with applying(adapter.parent):
+    with applying(adapter.parent, config, model):
         return PeftModel.from_pretrained(
             model, str(adapter.parent), is_trainable=is_trainable, token=options.get("token")
         )

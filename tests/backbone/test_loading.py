@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -28,6 +29,7 @@ from transformers import (
 )
 
 import tiny
+from trl_sync.backbone import adapter_patterns
 from trl_sync.backbone.fingerprint import fingerprint
 from trl_sync.backbone.loading import (
     load_base,
@@ -181,6 +183,47 @@ def test_an_sft_adapter_with_an_unsupported_option_is_refused(
     folder = save_sft_adapter(llama_folder, tmp_path, use_dora=True)
     with pytest.raises(ConfigError, match="use_dora=True"):
         load_shared_backbone(folder)
+
+
+ADAPTER_LOADERS: dict[str, Callable[[str, str], Any]] = {
+    "sft": lambda base, adapter: load_shared_backbone(adapter),
+    "value": lambda base, adapter: load_shared_backbone(base, value_init_path=adapter),
+    "shared reward": lambda base, adapter: load_shared_backbone(base, reward_adapter=adapter),
+    "reward": lambda base, adapter: load_reward_model(adapter),
+}
+
+
+@pytest.mark.parametrize("role", ADAPTER_LOADERS)
+@pytest.mark.parametrize("option", ["target_modules", "rank_pattern"])
+def test_a_pattern_that_never_ends_is_refused(
+    llama_folder: str,
+    sft_adapter: str,
+    reward_adapter: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    role: str,
+    option: str,
+) -> None:
+    monkeypatch.setattr(adapter_patterns, "MATCH_TIMEOUT_S", 0.5)
+    folder = tmp_path / "copy"
+    shutil.copytree(sft_adapter if role == "sft" else reward_adapter, folder)
+    file = folder / "adapter_config.json"
+    pattern = "(([a-z0-9_.]+)*)*="
+    options = json.loads(file.read_text())
+    file.write_text(json.dumps(options | {option: {pattern: 2} if "rank" in option else pattern}))
+    with pytest.raises(ConfigError, match=r"adapter_config.json names modules by .*after 0.5 s"):
+        ADAPTER_LOADERS[role](llama_folder, str(folder))
+
+
+def test_a_pattern_with_repetitions_is_used(llama_folder: str, tmp_path: Path) -> None:
+    every = r".*\.layers\.\d+\..*(q|v)_proj"
+    backbone = load_shared_backbone(save_sft_adapter(llama_folder, tmp_path, target_modules=every))
+    adapted = {
+        n.split(".lora_A")[0].split(".")[-1]
+        for n, _ in backbone.named_parameters()
+        if "lora_A" in n
+    }
+    assert adapted == {"q_proj", "v_proj"}
 
 
 def rename_one(tensors: dict[str, Tensor]) -> None:

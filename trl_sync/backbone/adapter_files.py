@@ -14,8 +14,9 @@ from huggingface_hub import snapshot_download
 from peft import LoraConfig, PeftConfig
 from safetensors import safe_open
 from safetensors.torch import load_file
-from torch import Tensor
+from torch import Tensor, nn
 
+from trl_sync.backbone.adapter_patterns import check_patterns
 from trl_sync.backbone.model_files import ADAPTER_WEIGHTS
 from trl_sync.errors import ConfigError
 
@@ -132,12 +133,13 @@ def reading(file: Path) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def applying(folder: Path) -> Iterator[None]:
-    """Names the adapter in `folder` where PEFT or torch cannot use its options in the block.
+def applying(folder: Path, config: PeftConfig, model: nn.Module) -> Iterator[None]:
+    """Names the adapter in `folder` where PEFT or torch cannot put it on `model` in the block.
 
     Raises:
-        ConfigError: they cannot.
+        ConfigError: they cannot, or would compare names of modules without end.
     """
+    check_patterns(config, model, folder / ADAPTER_CONFIG)
     try:
         yield
     except (ConfigError, torch.OutOfMemoryError):

@@ -18,6 +18,7 @@ from transformers import (
 )
 
 from trl_sync.backbone.adapter_files import (
+    ADAPTER_CONFIG,
     adapter_config,
     adapter_folder,
     applying,
@@ -29,6 +30,7 @@ from trl_sync.backbone.adapter_files import (
     reward_lora_config,
     score_tensors,
 )
+from trl_sync.backbone.adapter_patterns import check_patterns
 from trl_sync.backbone.export import ADAPTER_WEIGHTS, adapter_state
 from trl_sync.backbone.partitioned import loaded_whole
 from trl_sync.backbone.quantization import keep_packed_weights
@@ -111,7 +113,8 @@ def load_shared_backbone(
     folder = adapter_folder(model_name_or_path)
     if folder is None:
         base = load_base(model_name_or_path, quantization_config=quantization_config, **options)
-        backbone = SharedBackbone(base, peft_config, value_peft_config=_value_lora(value_init_path))
+        value_config = _value_lora(value_init_path, base)
+        backbone = SharedBackbone(base, peft_config, value_peft_config=value_config)
     else:
         if peft_config is not None:
             raise ConfigError(
@@ -121,8 +124,8 @@ def load_shared_backbone(
         config = lora_config(folder)
         tensors = read_tensors(folder / ADAPTER_WEIGHTS)
         base = _load_base_of(folder, config, quantization_config=quantization_config, **options)
-        value_config = _value_lora(value_init_path)
-        with applying(folder):
+        value_config = _value_lora(value_init_path, base)
+        with applying(folder, config, base):
             backbone = SharedBackbone(
                 base, config, value_peft_config=value_config, reference_adapter=True
             )
@@ -179,7 +182,7 @@ def load_reward_model(
             auto_class=AutoModelForSequenceClassification,
             **options,
         )
-        with applying(folder):
+        with applying(folder, config, base):
             model = PeftModel.from_pretrained(base, str(folder))
     return freeze(model)
 
@@ -215,12 +218,14 @@ def initialise_value(backbone: SharedBackbone, reward_model_path: str) -> None:
         _load_lora(backbone, VALUE, {n: t for n, t in adapter.items() if "lora_" in n})
 
 
-def _value_lora(reward_model_path: str | None) -> LoraConfig | None:
+def _value_lora(reward_model_path: str | None, base: PreTrainedModel) -> LoraConfig | None:
     """The LoRA options of a reward adapter as those of the value adapter; None for other inputs."""
     folder = None if reward_model_path is None else adapter_folder(reward_model_path)
     if folder is None:
         return None
-    return reward_lora_config(folder)
+    config = reward_lora_config(folder)
+    check_patterns(config, base, folder / ADAPTER_CONFIG)
+    return config
 
 
 def _load_lora(backbone: SharedBackbone, adapter: str, tensors: dict[str, Tensor]) -> None:

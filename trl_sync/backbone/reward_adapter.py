@@ -40,7 +40,7 @@ def add_reward_lora(peft_model: PeftModel, router: AdapterRouter, path: str) -> 
     check_lora_config(config)
     tensors = {n: t for n, t in read_tensors(folder / ADAPTER_WEIGHTS).items() if "lora_" in n}
     try:
-        with applying(folder):
+        with applying(folder, config, peft_model):
             peft_model.add_adapter(REWARD, config)
         router.watch_layers(peft_model)
         _check_tensors(path, tensors, _own_tensors(peft_model))
