@@ -14,12 +14,10 @@ demo: $(INSTALLED)
 	$(BIN)/accelerate launch --num_processes 1 --num_machines 1 --mixed_precision no \
 		--dynamo_backend no recipes/ppo.py
 
-# All but the tests of the engines, which have commands of their own. Tests of one process use one
-# thread: two at a time take half as long, while those of several ranks use all cores by themselves.
+# All but the tests of the engines, which have commands of their own. Two files at a time, for a
+# process has one thread, and even several ranks wait: for a launcher, for pip, for a timeout.
 test: $(VENV)/.deepspeed .oracle/trl
-	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder \
-		-m "not engines and not ranks"
-	$(BIN)/python -m pytest -m "ranks and not engines"
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder -m "not engines"
 
 # PPO and the audit under DDP, ZeRO-1/2/3, FSDP2 and HSDP on CPU ranks; ends with a table.
 engines: $(VENV)/.deepspeed

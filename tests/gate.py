@@ -1,24 +1,23 @@
 """In CI (environment variable CI) a run also fails when a required test did not run.
 
 A pytest plugin, loaded by conftest.py. A test may be skipped only if it is marked `gpu` and there
-is no GPU, or `browser` and there is no chromium. A run of the whole suite, or of one of the halves
-of `make test`, must contain tests of the kinds in REQUIRED.
+is no GPU, or `browser` and there is no chromium. A run of the whole suite, or of `make test`, must
+contain tests of the kinds in REQUIRED.
 """
 
 from __future__ import annotations
 
 import os
-import shutil
 from typing import Any
 
 import pytest
+
+import browsers
 
 # Kinds of tests by what -m selects; another selection need not have any.
 REQUIRED = {
     "": ("ranks", "oracle"),
     "not engines": ("ranks", "oracle"),
-    "not engines and not ranks": ("oracle",),
-    "ranks and not engines": ("ranks",),
 }
 
 
@@ -41,7 +40,7 @@ class Gate:
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         if report.skipped and not hasattr(report, "wasxfail"):
             needs_gpu, needs_browser = ("gpu" in report.keywords, "browser" in report.keywords)
-            excused = (needs_gpu and not _has_gpu()) or (needs_browser and not _has_browser())
+            excused = (needs_gpu and not _has_gpu()) or (needs_browser and not browsers.chromium())
             self._add_skip(report, excused=excused)
         elif report.when == "call":
             self.ran |= {name for name in self.required if name in report.keywords}
@@ -69,10 +68,6 @@ class Gate:
 def pytest_configure(config: pytest.Config) -> None:
     if os.environ.get("CI"):
         config.pluginmanager.register(Gate(config))
-
-
-def _has_browser() -> bool:
-    return shutil.which("chromium") is not None
 
 
 def _has_gpu() -> bool:

@@ -23,8 +23,9 @@ SKIPS = "def test_skips(): pytest.skip('the moon is full')\n"
 SKIPS_AT_IMPORT = "import pytest\npytest.skip('no such library', allow_module_level=True)\n"
 NEEDS_GPU = "@pytest.mark.gpu\ndef test_gpu(): pytest.skip('no GPU')\n"
 NO_ORACLE = "def test_runs(): pass\n"
-TWO_WORKERS = ["-n", "2", "--dist", "loadfile", "-m", "not engines and not ranks"]
+TWO_WORKERS = ["-n", "2", "--dist", "loadfile", "-m", "not engines"]
 NO_RANKS = "import pytest\n@pytest.mark.oracle\ndef test_passes(): pass\n"
+ONLY_RANKS = "import pytest\n@pytest.mark.ranks\ndef test_passes(): pass\n"
 
 
 def run(folder: Path, files: dict[str, str], *arguments: str, ci: str = "1") -> tuple[int, str]:
@@ -54,13 +55,13 @@ def run(folder: Path, files: dict[str, str], *arguments: str, ci: str = "1") -> 
         ({"test_a.py": NO_RANKS}, ["-m", "not engines"], "no test marked 'ranks' ran"),
         ({"test_a.py": NO_RANKS}, ["-m", "not ranks"], None),
         ({"test_a.py": NO_RANKS}, ["-m", "not engines and not ranks"], None),
-        ({"test_a.py": NO_ORACLE}, ["-m", "not engines and not ranks"], "no test marked 'oracle'"),
+        ({"test_a.py": NO_ORACLE}, ["-m", "not engines"], "no test marked 'oracle'"),
         # Of two workers neither runs everything.
-        ({"test_a.py": NO_RANKS, "test_b.py": NO_ORACLE}, TWO_WORKERS, None),
-        ({"test_a.py": NO_RANKS}, TWO_WORKERS, None),
-        ({"test_a.py": NO_ORACLE}, TWO_WORKERS, "no test marked 'oracle' ran"),
-        ({"test_a.py": NO_RANKS + SKIPS}, TWO_WORKERS, "test_skips: Skipped: the moon is full"),
-        ({"test_a.py": NO_RANKS, "test_b.py": SKIPS_AT_IMPORT}, TWO_WORKERS, "no such library"),
+        ({"test_a.py": NO_RANKS, "test_b.py": ONLY_RANKS}, TWO_WORKERS, None),
+        ({"test_a.py": NO_RANKS}, TWO_WORKERS, "no test marked 'ranks' ran"),
+        ({"test_a.py": ONLY_RANKS}, TWO_WORKERS, "no test marked 'oracle' ran"),
+        ({"test_a.py": PASSES + SKIPS}, TWO_WORKERS, "test_skips: Skipped: the moon is full"),
+        ({"test_a.py": PASSES, "test_b.py": SKIPS_AT_IMPORT}, TWO_WORKERS, "no such library"),
     ],
 )
 def test_the_gate(

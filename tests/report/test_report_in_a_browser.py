@@ -6,7 +6,6 @@ import functools
 import http.server
 import json
 import re
-import shutil
 import subprocess
 import threading
 from collections.abc import Callable, Iterator
@@ -16,9 +15,10 @@ from typing import Any
 
 import pytest
 
+import browsers
 from trl_sync.cli.report import show_report
 
-CHROMIUM = shutil.which("chromium")
+CHROMIUM = browsers.chromium()
 WIDTHS = {"phone": 390, "laptop": 1280}
 # blink's numbers of the preferred colour scheme
 SCHEMES = {"dark": 0, "light": 1}
