@@ -394,7 +394,7 @@ def value_heads(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """`own`: both files of a value head; `whole`: a sharded model that holds one."""
     parent = tmp_path_factory.mktemp("value heads")
     head = {"v_head.summary.weight": torch.ones(1, 8), "v_head.summary.bias": torch.zeros(1)}
-    write_value_head(parent / "own", head)
+    write_value_head(parent / "own", head, for_trl=True)
     (parent / "whole").mkdir()
     save_file(head, parent / "whole" / "model-2.safetensors")
     shards = dict.fromkeys(head, "model-2.safetensors") | {"lm_head": "model-1.safetensors"}

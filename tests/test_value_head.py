@@ -319,8 +319,7 @@ def test_a_head_that_could_not_be_looked_up_is_told(
     (repository / "refs").mkdir(parents=True)
     (repository / "refs" / "main").write_text(commit)
     kind("llama").from_pretrained(base, peft_config=lora()).save_pretrained(snapshot)
-    for name in ("v_head.safetensors", "pytorch_model.bin"):
-        (snapshot / name).unlink()
+    (snapshot / "v_head.safetensors").unlink()
     options = {"cache_dir": str(tmp_path), "local_files_only": True}
     caplog.clear()
     kind("llama").from_pretrained("me/ppo", **options)
@@ -493,14 +492,11 @@ def test_a_quantized_model_without_an_adapter_keeps_its_head(base: str, tmp_path
 def test_an_adapter_is_saved_and_trained_further(base: str, tmp_path: Path) -> None:
     model = kind("llama").from_pretrained(base, peft_config=lora())
     model.save_pretrained(tmp_path)
-    head = {f"v_head.{key}": tensor for key, tensor in model.v_head.state_dict().items()}
-    # TRL's file, and the same as safetensors
-    for state in (
-        torch.load(tmp_path / "pytorch_model.bin", weights_only=True),
-        load_file(tmp_path / "v_head.safetensors"),
-    ):
-        assert state.keys() == head.keys()
-        assert all(torch.equal(state[key], head[key]) for key in head)
+    head = head_of(model)
+    assert not list(tmp_path.glob("*.bin"))
+    state = load_file(tmp_path / "v_head.safetensors")
+    assert state.keys() == head.keys()
+    assert all(torch.equal(state[key], head[key]) for key in head)
     assert not any("v_head" in k for k in load_file(tmp_path / "adapter_model.safetensors"))
 
     frozen = kind("llama").from_pretrained(str(tmp_path))
@@ -515,9 +511,29 @@ def test_an_adapter_is_saved_and_trained_further(base: str, tmp_path: Path) -> N
         assert torch.equal(loaded.eval()(INPUT_IDS).logits, run(model)[0])
 
 
+def head_of(model: Any) -> dict[str, torch.Tensor]:
+    return {f"v_head.{key}": tensor for key, tensor in model.v_head.state_dict().items()}
+
+
+def test_trls_file_is_written_when_asked_for_and_does_not_outlive_the_next_save(
+    base: str, tmp_path: Path
+) -> None:
+    model = kind("llama").from_pretrained(base, peft_config=lora())
+    model.save_pretrained(tmp_path, safe_serialization=False)
+    state, head = torch.load(tmp_path / "pytorch_model.bin", weights_only=True), head_of(model)
+    assert state.keys() == head.keys()
+    assert all(torch.equal(state[key], head[key]) for key in head)
+    with torch.no_grad():
+        model.v_head.summary.weight += 1
+    model.save_pretrained(tmp_path)
+    again = kind("llama").from_pretrained(str(tmp_path))
+    assert torch.equal(again.v_head.summary.weight, model.v_head.summary.weight)
+    assert not (tmp_path / "pytorch_model.bin").exists()
+
+
 def test_a_folder_that_trl_saved_is_read(base: str, tmp_path: Path) -> None:
     model = kind("llama").from_pretrained(base, peft_config=lora())
-    model.save_pretrained(tmp_path)
+    model.save_pretrained(tmp_path, safe_serialization=False)
     (tmp_path / "v_head.safetensors").unlink()
     again = kind("llama").from_pretrained(str(tmp_path))
     assert torch.equal(run(again)[2], run(model)[2])
@@ -547,8 +563,7 @@ def test_a_head_of_another_model_is_refused(
     base: str, tmp_path: Path, head: dict[str, torch.Tensor], found: str
 ) -> None:
     kind("llama").from_pretrained(base, peft_config=lora()).save_pretrained(tmp_path)
-    for name in ("pytorch_model.bin", "v_head.safetensors"):
-        (tmp_path / name).unlink()
+    (tmp_path / "v_head.safetensors").unlink()
     torch.save(head, tmp_path / "pytorch_model.bin")
     with pytest.raises(CheckpointError, match=f"does not fit this model: {found}"):
         kind("llama").from_pretrained(str(tmp_path))

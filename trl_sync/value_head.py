@@ -387,8 +387,10 @@ class PreTrainedModelWrapper(nn.Module, PushToHubMixin):
     def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> Any:
         """Saves the model with its value head so that `from_pretrained` gives both back.
 
-        Plain transformers (or PEFT) loads the same folder as a model without a value head. Further
-        arguments go to the `save_pretrained` of the wrapped model.
+        Plain transformers (or PEFT) loads the same folder as a model without a value head. Of a
+        PEFT or quantized model the head is `v_head.safetensors`; `safe_serialization=False` writes
+        the `pytorch_model.bin` that TRL up to 0.11 reads, too. Further arguments go to the
+        `save_pretrained` of the wrapped model.
         """
         given = kwargs.pop("state_dict", None)
         state = self.state_dict() if given is None else given
@@ -396,7 +398,8 @@ class PreTrainedModelWrapper(nn.Module, PushToHubMixin):
         quantizer = getattr(self.pretrained_model, "hf_quantizer", None)
         if (self.is_peft_model or quantizer is not None) and kwargs.get("is_main_process", True):
             head = {name: tensor for name, tensor in state.items() if name.startswith(PREFIX)}
-            write_value_head(Path(save_directory), head)
+            for_trl = not kwargs.get("safe_serialization", True)
+            write_value_head(Path(save_directory), head, for_trl=for_trl)
         if not self.is_peft_model:
             kwargs["state_dict"] = state
         return self.pretrained_model.save_pretrained(save_directory, *args, **kwargs)

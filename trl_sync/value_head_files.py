@@ -1,8 +1,8 @@
 """Where the weights of a value head stand in a saved model, and of the score head of an adapter.
 
 A full model holds the value head in its weight files, under `v_head.`. A PEFT model is saved as its
-adapter, and a quantized one without foreign tensors, so there the value head has files of its own:
-`v_head.safetensors`, and `pytorch_model.bin`, which is what TRL reads and writes.
+adapter, and a quantized one without foreign tensors, so there the value head has a file of its own:
+`v_head.safetensors`. TRL reads and writes `pytorch_model.bin`, a pickle.
 """
 
 from __future__ import annotations
@@ -41,12 +41,18 @@ _LONGEST_NAME = 255
 _HUB_OPTIONS = ("token", "revision", "cache_dir", "local_files_only", "subfolder")
 
 
-def write_value_head(folder: Path, tensors: dict[str, Tensor]) -> None:
-    """Writes `v_head.safetensors` and TRL's `pytorch_model.bin` with the same tensors."""
+def write_value_head(folder: Path, tensors: dict[str, Tensor], *, for_trl: bool = False) -> None:
+    """Writes `v_head.safetensors`, and `for_trl` its `pytorch_model.bin` with the same tensors.
+
+    A `pytorch_model.bin` of an earlier save does not stay beside a newer head.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     on_cpu = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     save_file(on_cpu, folder / OWN_FILE, metadata={"format": "pt"})
-    torch.save(on_cpu, folder / TRL_FILE)
+    if for_trl:
+        torch.save(on_cpu, folder / TRL_FILE)
+    else:
+        (folder / TRL_FILE).unlink(missing_ok=True)
 
 
 def read_value_head(source: str, hub_options: dict[str, Any]) -> dict[str, Tensor] | None:
